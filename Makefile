@@ -1,0 +1,43 @@
+# The commands of this project. `make help` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+EXTRAS ?= dev
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## make .venv with the tested versions (no CUDA download on a CPU machine)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed; $$($(PYTHON) --version) found. Run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup  ## fine-tune, merge and score on the legal texts of this machine (about 6 minutes on 2 cores)
+	$(BIN)/python -m qlora_dist.launch +experiment=legal
+
+test: setup  ## run the tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
+test-slow: setup  ## run the long tests too
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: setup  ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: setup  ## run the benchmarks; they write to benchmarks/results/
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove caches and runs, not .venv
+	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

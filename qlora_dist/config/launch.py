@@ -1,0 +1,35 @@
+"""Where jobs run, and what a sweep varies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qlora_dist.config.fields import execution
+
+
+class LauncherName(Enum):
+    """What starts the jobs."""
+
+    local = "local"
+
+
+@dataclass(kw_only=True, slots=True)
+class LauncherConfig:
+    """The launcher, and how many jobs it runs at once (0: as many as cores and memory allow)."""
+
+    name: LauncherName = execution(LauncherName.local)
+    max_parallel: int = execution(0, at_least=0)
+
+
+class SweepName(Enum):
+    """How a sweep walks through its points."""
+
+    none = "none"
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """Which fields are varied; `none` trains the one recipe."""
+
+    name: SweepName = execution(SweepName.none)

@@ -1,0 +1,52 @@
+"""The config of a whole run: one dataclass a group, checked as a whole before any work."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qlora_dist.config.data import DomainConfig
+from qlora_dist.config.evaluate import EvaluateConfig, TrackingConfig
+from qlora_dist.config.export import ExportConfig
+from qlora_dist.config.fields import execution, setting
+from qlora_dist.config.launch import LauncherConfig, SweepConfig
+from qlora_dist.config.merge import MergeConfig
+from qlora_dist.config.model import ModelConfig
+from qlora_dist.config.train import LoraConfig, StrategyConfig, TrainConfig, check_step
+from qlora_dist.errors import bad_value
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything one command runs: domains, base, recipe, merge, scores, and where it happens."""
+
+    experiment: str = execution("run")
+    root: str = execution("runs")
+    seed: int = setting(17, at_least=0, at_most=2**31 - 1)
+    plan_only: bool = execution(False)
+    domain: dict[str, DomainConfig] = setting(dict)
+    general: DomainConfig = setting(DomainConfig)
+    model: ModelConfig = setting(ModelConfig)
+    lora: LoraConfig = setting(LoraConfig)
+    train: TrainConfig = setting(TrainConfig)
+    strategy: StrategyConfig = setting(StrategyConfig)
+    sweep: SweepConfig = setting(SweepConfig)
+    merge: MergeConfig = setting(MergeConfig)
+    evaluate: EvaluateConfig = setting(EvaluateConfig)
+    export: ExportConfig = setting(ExportConfig)
+    tracking: TrackingConfig = setting(TrackingConfig)
+    launcher: LauncherConfig = setting(LauncherConfig)
+
+    def check(self, key: str) -> None:
+        """Refuses names that can't be folders, and steps that do not divide."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.experiment) or self.experiment == "artifacts":
+            wanted = "letters, digits, '_', '-' and '.', and not 'artifacts'"
+            raise bad_value("experiment", self.experiment, wanted, "It names the folder of the results.")
+        if not self.domain:
+            raise bad_value("domain", "[]", "at least one domain", "Set domain=[legal].")
+        for name in self.domain:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "general":
+                raise bad_value(
+                    f"domain.{name}", name, "a name of lower-case letters, digits and '_' other than 'general'"
+                )
+        check_step(self.train, self.strategy.world_size)

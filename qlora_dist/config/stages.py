@@ -1,0 +1,120 @@
+"""What each stage is told: one dataclass a stage, cut from the run's config by `pipeline.plan`.
+
+The identity fields of these, with the keys of a node's inputs, are the node's key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_dist.config.data import DomainConfig, ShardMode, SplitConfig
+from qlora_dist.config.evaluate import EvaluateConfig, TrackingConfig
+from qlora_dist.config.fields import execution, setting
+from qlora_dist.config.merge import MergeConfig
+from qlora_dist.config.model import ModelConfig, TinyConfig
+from qlora_dist.config.train import LoraConfig, StrategyConfig, TrainConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RecordsConfig:
+    """Stage `records`: read and check one part of a domain's source files.
+
+    `files` are this part's, resolved when the plan was made; they are known by their bytes (`leaf digests`).
+    """
+
+    domain: str = "???"
+    source: DomainConfig = setting(DomainConfig)
+    files: list[str] = execution(list)
+    part: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class SplitsConfig:
+    """Stage `splits`: drop copies over all parts of a domain, and deal records to train, validation and test."""
+
+    domain: str = "???"
+    split: SplitConfig = setting(SplitConfig)
+    max_reject_share: float = execution(0.05)
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardsConfig:
+    """Stage `shards`: deal a domain's training records to `num_shards` shards of equal size."""
+
+    domain: str = "???"
+    num_shards: int = 1
+    shard_mode: ShardMode = setting(ShardMode.iid)
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    """Stage `tokenizer`: the base's tokenizer and model config, copied, or trained for the embedded base."""
+
+    path: str = ""
+    revision: str = ""
+    tiny: TinyConfig | None = None
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class RowsConfig:
+    """Stage `rows`: tokenize records and pack them into rows of `row_tokens`."""
+
+    split: str = "train"
+    shard: int = -1
+    row_tokens: int = 256
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class TinyStageConfig:
+    """Stage `tiny`: pre-train the embedded base."""
+
+    tiny: TinyConfig = setting(TinyConfig)
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseConfig:
+    """Stage `base`: check the base model and describe it."""
+
+    model: ModelConfig = setting(ModelConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """Stage `adapter`: train one adapter on one shard's rows."""
+
+    model: ModelConfig = setting(ModelConfig)
+    lora: LoraConfig = setting(LoraConfig)
+    train: TrainConfig = setting(TrainConfig)
+    strategy: StrategyConfig = execution(StrategyConfig)
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class MergedConfig:
+    """Stage `merged`: make one adapter out of several; `weights` are relative, by the input's name."""
+
+    merge: MergeConfig = setting(MergeConfig)
+    shard_weights: dict[str, float] = setting(dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoresConfig:
+    """Stage `scores`: measure one model on every held-out set."""
+
+    model: ModelConfig = setting(ModelConfig)
+    evaluate: EvaluateConfig = setting(EvaluateConfig)
+    name: str = "base"
+    full: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """Stage `report`: gather what the other nodes found into one page and one summary."""
+
+    experiment: str = "run"
+    command: str = execution("")
+    tracking: TrackingConfig = execution(TrackingConfig)

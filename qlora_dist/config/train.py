@@ -1,0 +1,102 @@
+"""What an adapter is, how it is trained, and over how many processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from qlora_dist.config.fields import execution, setting
+from qlora_dist.errors import bad_value
+
+
+class Method(Enum):
+    """What is trained: LoRA factors, or every weight of the base."""
+
+    lora = "lora"
+    full = "full"
+
+
+class Schedule(Enum):
+    """How the learning rate moves after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class StrategyName(Enum):
+    """How the processes of one training share the work."""
+
+    single = "single"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """The shape and scale of an adapter (LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732)."""
+
+    lora_rank: int = setting(8, at_least=1, at_most=4096)
+    lora_alpha: float = setting(16.0, above=0)
+    lora_dropout: float = setting(0.0, at_least=0, below=1)
+    target_modules: list[str] = setting(list)
+    use_rslora: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The recipe of one training. Budgets are in tokens, so that one GPU and eight take the same step."""
+
+    method: Method = setting(Method.lora)
+    row_tokens: int = setting(256, at_least=8)
+    tokens_per_step: int = setting(4096, at_least=8)
+    epochs: float = setting(1.0, above=0)
+    max_steps: int = setting(0, at_least=0)
+    learning_rate: float = setting(2e-4, above=0, at_most=1)
+    schedule: Schedule = setting(Schedule.cosine)
+    warmup_share: float = setting(0.05, at_least=0, below=1)
+    weight_decay: float = setting(0.0, at_least=0)
+    adam_beta1: float = setting(0.9, at_least=0, below=1)
+    adam_beta2: float = setting(0.999, at_least=0, below=1)
+    max_grad_norm: float = setting(1.0, above=0)
+    micro_batch_tokens: int = execution(2048, at_least=8)
+    activation_checkpointing: bool = execution(False)
+    log_every_steps: int = execution(1, at_least=1)
+
+    def check(self, key: str) -> None:
+        """Refuses token budgets that are no whole number of rows or micro-batches."""
+        if self.micro_batch_tokens % self.row_tokens:
+            wanted = f"a multiple of {key}.row_tokens = {self.row_tokens}"
+            repair = f"Set {key}.micro_batch_tokens={_up(self.micro_batch_tokens, self.row_tokens)}."
+            raise bad_value(f"{key}.micro_batch_tokens", self.micro_batch_tokens, wanted, repair)
+
+
+@dataclass(kw_only=True, slots=True)
+class StrategyConfig:
+    """How many processes train one adapter, and how they share it."""
+
+    name: StrategyName = execution(StrategyName.single)
+    world_size: int = execution(1, at_least=1)
+
+
+def check_step(train: TrainConfig, world_size: int) -> None:
+    """Refuses a step that does not divide into whole micro-batches over all ranks.
+
+    Raises:
+        ConfigError: naming the nearest budget that does divide.
+    """
+    unit = train.micro_batch_tokens * world_size
+    if train.tokens_per_step % unit:
+        wanted = (
+            f"a multiple of train.micro_batch_tokens x strategy.world_size = {train.micro_batch_tokens} x {world_size}"
+        )
+        repair = f"Set train.tokens_per_step={_up(train.tokens_per_step, unit)}."
+        raise bad_value("train.tokens_per_step", train.tokens_per_step, wanted, repair)
+
+
+def gradient_accumulation(train: TrainConfig, world_size: int) -> int:
+    """Returns the micro-steps of one rank in one optimizer step, derived from the token budget."""
+    check_step(train, world_size)
+    return train.tokens_per_step // (train.micro_batch_tokens * world_size)
+
+
+def _up(value: int, unit: int) -> int:
+    return max(1, -(-value // unit)) * unit
