@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_dist.config.data import DomainConfig, ShardMode, SplitConfig
-from qlora_dist.config.evaluate import EvaluateConfig, TrackingConfig
+from qlora_dist.config.evaluate import EvaluateConfig
 from qlora_dist.config.fields import execution, setting
 from qlora_dist.config.merge import MergeConfig
 from qlora_dist.config.model import ModelConfig, TinyConfig
@@ -109,12 +109,3 @@ class ScoresConfig:
     evaluate: EvaluateConfig = setting(EvaluateConfig)
     name: str = "base"
     full: bool = False
-
-
-@dataclass(kw_only=True, slots=True)
-class ReportConfig:
-    """Stage `report`: gather what the other nodes found into one page and one summary."""
-
-    experiment: str = "run"
-    command: str = execution("")
-    tracking: TrackingConfig = execution(TrackingConfig)
