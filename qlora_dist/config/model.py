@@ -39,6 +39,7 @@ class TinyConfig:
     tokens_per_step: int = setting(4096, at_least=32)
     learning_rate: float = setting(3e-3, above=0)
     domain_sample_bytes: int = setting(200_000, at_least=0)
+    seed: int = setting(17, at_least=0)
 
     def check(self, key: str) -> None:
         """Refuses shapes that attention can't split into heads."""

@@ -54,7 +54,6 @@ class TokenizerConfig:
     path: str = ""
     revision: str = ""
     tiny: TinyConfig | None = None
-    seed: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,7 +71,6 @@ class TinyStageConfig:
     """Stage `tiny`: pre-train the embedded base."""
 
     tiny: TinyConfig = setting(TinyConfig)
-    seed: int = 0
 
 
 @dataclass(kw_only=True, slots=True)

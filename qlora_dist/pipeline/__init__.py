@@ -1,0 +1,1 @@
+"""The plan of a run, and the running of its nodes."""

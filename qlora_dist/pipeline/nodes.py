@@ -1,0 +1,142 @@
+"""From a run's config to its plan: which nodes there are, and what each reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_dist.artifacts.leaves import folder_digest
+from qlora_dist.config import stages as told
+from qlora_dist.config.data import DomainConfig
+from qlora_dist.config.fields import everything
+from qlora_dist.config.run import RunConfig
+from qlora_dist.config.train import Method
+from qlora_dist.data.sources import leaf_digest, plan_parts
+from qlora_dist.errors import bad_value
+from qlora_dist.pipeline.plan import Node, Plan
+
+GENERAL = "general"
+
+
+def make_plan(config: RunConfig, command: str = "") -> Plan:
+    """Plans a run: records, splits and shards of each domain, the base, an adapter a shard, merge and scores.
+
+    Reads the source files' digests and nothing else; writes nothing.
+
+    Raises:
+        ConfigError, DataError: if a source or the base can't be there.
+    """
+    root = str(Path(config.root).expanduser().resolve())
+    plan = Plan(experiment=config.experiment, root=root, command=command, config=everything(config))
+    domains = {GENERAL: config.general, **config.domain}
+    splits = {name: _add_splits(plan, name, domain) for name, domain in domains.items()}
+    tokenizer = _add_tokenizer(plan, config, splits)
+    held_out = {f"rows-{name}": _add_rows(plan, config, tokenizer, name, node) for name, node in splits.items()}
+    base = _add_base(plan, config, tokenizer, splits[GENERAL])
+    adapters = _add_adapters(plan, config, tokenizer, base, splits)
+    models = {"base": None, **adapters}
+    if merged := _add_merged(plan, config, adapters):
+        models["merged"] = merged
+    for name, node in models.items():
+        needs = {"base": base, **({"adapter": node} if node else {}), **held_out}
+        _add_scores(plan, config, name, needs)
+    return plan
+
+
+def _add_splits(plan: Plan, name: str, domain: DomainConfig) -> Node:
+    parts = {}
+    for part, files in enumerate(plan_parts(domain)):
+        config = told.RecordsConfig(domain=name, source=domain, files=files, part=part)
+        leaves = {"files": leaf_digest(files)}
+        parts[f"records-{part}"] = plan.add("records", f"{name}-{part}", config, leaves=leaves)
+    config_ = told.SplitsConfig(domain=name, split=domain.split, max_reject_share=domain.max_reject_share)
+    return plan.add("splits", name, config_, inputs=parts)
+
+
+def _add_tokenizer(plan: Plan, config: RunConfig, splits: dict[str, Node]) -> Node:
+    model = config.model
+    if model.path:
+        told_ = told.TokenizerConfig(path=model.path, revision=model.revision)
+        return plan.add("tokenizer", model_label(config), told_, leaves=_base_leaves(plan, config))
+    inputs = {f"splits-{name}": node for name, node in splits.items()}
+    return plan.add("tokenizer", "tiny", told.TokenizerConfig(tiny=model.tiny), inputs=inputs)
+
+
+def _add_rows(plan: Plan, config: RunConfig, tokenizer: Node, domain: str, splits: Node) -> Node:
+    split = config.evaluate.split
+    told_ = told.RowsConfig(split=split, row_tokens=config.train.row_tokens)
+    return plan.add("rows", f"{domain}-{split}", told_, inputs={"tokenizer": tokenizer, "splits": splits})
+
+
+def _add_base(plan: Plan, config: RunConfig, tokenizer: Node, general: Node) -> Node:
+    told_ = told.BaseConfig(model=config.model)
+    if config.model.path:
+        return plan.add("base", model_label(config), told_, leaves=_base_leaves(plan, config))
+    tiny = config.model.tiny
+    rows_config = told.RowsConfig(split="train", row_tokens=tiny.context_tokens)
+    rows = plan.add("rows", "general-train", rows_config, inputs={"tokenizer": tokenizer, "splits": general})
+    made = plan.add("tiny", "tiny", told.TinyStageConfig(tiny=tiny), inputs={"tokenizer": tokenizer, "rows": rows})
+    return plan.add("base", "tiny", told_, inputs={"tiny": made})
+
+
+def _add_adapters(
+    plan: Plan, config: RunConfig, tokenizer: Node, base: Node, splits: dict[str, Node]
+) -> dict[str, Node]:
+    adapters = {}
+    for name, domain in config.domain.items():
+        shards_config = told.ShardsConfig(domain=name, num_shards=domain.num_shards, shard_mode=domain.shard_mode)
+        shards = plan.add("shards", name, shards_config, inputs={"splits": splits[name]})
+        rows_config = told.RowsConfig(split="validation", row_tokens=config.train.row_tokens)
+        inputs = {"tokenizer": tokenizer, "splits": splits[name]}
+        validation = plan.add("rows", f"{name}-validation", rows_config, inputs=inputs)
+        for shard in range(domain.num_shards):
+            label = f"{name}-{shard}"
+            rows_config = told.RowsConfig(split="train", shard=shard, row_tokens=config.train.row_tokens)
+            rows = plan.add("rows", label, rows_config, inputs={"tokenizer": tokenizer, "shards": shards})
+            needs = {"base": base, "tokenizer": tokenizer, "rows": rows, "validation": validation}
+            adapters[label] = _add_adapter(plan, config, label, needs)
+    return adapters
+
+
+def _add_adapter(plan: Plan, config: RunConfig, label: str, needs: dict[str, Node]) -> Node:
+    told_ = told.AdapterConfig(
+        model=config.model, lora=config.lora, train=config.train, strategy=config.strategy, seed=config.seed
+    )
+    return plan.add("adapter", label, told_, inputs=needs, world_size=config.strategy.world_size)
+
+
+def _add_merged(plan: Plan, config: RunConfig, adapters: dict[str, Node]) -> Node | None:
+    if config.train.method is Method.full:
+        plan.notes.append("train.method=full: full models are scored one by one, not merged.")
+        return None
+    weights = {f"{name}-{i}": d.shard_weight for name, d in config.domain.items() for i in range(d.num_shards)}
+    told_ = told.MergedConfig(merge=config.merge, shard_weights=weights)
+    return plan.add("merged", "all", told_, inputs=adapters)
+
+
+def _add_scores(plan: Plan, config: RunConfig, name: str, needs: dict[str, Node]) -> Node:
+    full = config.train.method is Method.full and "adapter" in needs
+    told_ = told.ScoresConfig(model=config.model, evaluate=config.evaluate, name=name, full=full)
+    return plan.add("scores", name, told_, inputs=needs)
+
+
+def model_label(config: RunConfig) -> str:
+    """Returns the base's name in labels: the last part of its path, or `tiny`."""
+    return Path(config.model.path).name.lower().replace(" ", "-") if config.model.path else "tiny"
+
+
+def _base_leaves(plan: Plan, config: RunConfig) -> dict[str, str]:
+    """Names a base by the bytes of its folder, or by its hub id and pinned revision.
+
+    Raises:
+        ConfigError: for a folder that isn't there, or a hub id without a revision.
+    """
+    path, revision = config.model.path, config.model.revision
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return {"base": folder_digest(folder, plan.store.root)}
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise bad_value("model.path", path, "a folder that is there, or a hub id (owner/name)")
+    if not revision:
+        repair = f"Set model.revision to the commit of {path} that you mean, so that every run means the same."
+        raise bad_value("model.revision", revision, "the commit sha of a hub model", repair)
+    return {"base": f"{path}@{revision}"}

@@ -1,0 +1,157 @@
+"""A plan: every node of a run with its key, in order of need, frozen to `plan.json` once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qlora_dist.artifacts.fingerprint import differences, recipe_key
+from qlora_dist.artifacts.store import Store
+from qlora_dist.config.fields import everything, identity
+from qlora_dist.errors import ArtifactError
+from qlora_dist.pipeline.stages import STAGES
+from qlora_dist.runtime import write_json
+
+PLAN = "plan.json"
+
+
+@dataclass(kw_only=True, slots=True)
+class Node:
+    """One stage for one label: what it is told, what it reads, and the key of what it makes."""
+
+    stage: str
+    label: str
+    key: str
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    leaves: dict[str, str] = field(default_factory=dict)
+    world_size: int = 1
+
+    @property
+    def id(self) -> str:
+        """The id of the artifact it makes: `<stage>/<label>-<key>`."""
+        return f"{self.stage}/{self.label}-{self.key}"
+
+    @property
+    def name(self) -> str:
+        """The node's name in this plan: `<stage>/<label>`."""
+        return f"{self.stage}/{self.label}"
+
+    def told(self) -> Any:
+        """Rebuilds the stage's config dataclass from the plan's plain values."""
+        schema = OmegaConf.structured(STAGES[self.stage].config)
+        return OmegaConf.to_object(OmegaConf.merge(schema, self.config))
+
+
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """All nodes of a run in order of need, and where they go."""
+
+    experiment: str
+    root: str
+    command: str
+    config: dict[str, Any]
+    nodes: list[Node] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def store(self) -> Store:
+        """The artifacts of this root, shared by all its experiments."""
+        return Store(Path(self.root) / "artifacts")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this experiment: plan, logs, report."""
+        return Path(self.root) / self.experiment
+
+    def log_path(self, node: Node) -> Path:
+        """Returns the log file of a node."""
+        return self.folder / "logs" / f"{node.stage}-{node.label}.log"
+
+    def node(self, name_or_id: str) -> Node:
+        """Finds a node by its name or its artifact's id.
+
+        Raises:
+            ArtifactError: if the plan has no such node.
+        """
+        for node in self.nodes:
+            if name_or_id in (node.name, node.id):
+                return node
+        raise ArtifactError(f"{self.folder / PLAN} has no node {name_or_id}. It has: {', '.join(self.names())}.")
+
+    def names(self) -> list[str]:
+        """Returns the name of each node."""
+        return [node.name for node in self.nodes]
+
+    def add(
+        self,
+        stage: str,
+        label: str,
+        config: Any,
+        *,
+        inputs: Mapping[str, Node] | None = None,
+        leaves: Mapping[str, str] | None = None,
+        world_size: int = 1,
+    ) -> Node:
+        """Adds a node and returns it; its key follows from its recipe and its inputs' keys."""
+        inputs = inputs or {}
+        recipe = identity(config)
+        keys = {name: node.key for name, node in inputs.items()}
+        key = recipe_key(stage, STAGES[stage].version, recipe, keys, leaves)
+        node = Node(
+            stage=stage,
+            label=label,
+            key=key,
+            config=everything(config),
+            recipe=recipe,
+            inputs={name: node.id for name, node in inputs.items()},
+            leaves=dict(leaves or {}),
+            world_size=world_size,
+        )
+        self.nodes.append(node)
+        return node
+
+    def write(self) -> Path:
+        """Freezes the plan to `plan.json` in the run's folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / PLAN, dataclasses.asdict(self))
+        return self.folder / PLAN
+
+
+def read_plan(path: Path) -> Plan:
+    """Reads a frozen plan.
+
+    Raises:
+        ArtifactError: if the file is absent or is no plan.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Plan(**{**values, "nodes": [Node(**node) for node in values["nodes"]]})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path} is no plan ({error}). Make one with python -m qlora_dist.launch.") from error
+
+
+def drift(plan: Plan, before: Plan | None) -> dict[str, list[str]]:
+    """Says for each node whose key moved since the plan `before` what moved it, by node name."""
+    old = {node.name: node for node in before.nodes} if before else {}
+    return {n.name: _moved(n, old[n.name], plan) for n in plan.nodes if n.name in old and old[n.name].key != n.key}
+
+
+def _moved(node: Node, old: Node, plan: Plan) -> list[str]:
+    moved = differences(old.recipe, node.recipe) + [
+        f"{name}: other bytes" for name in node.leaves if node.leaves[name] != old.leaves.get(name)
+    ]
+    moved += [f"no longer reads {name}" for name in old.inputs if name not in node.inputs]
+    for name, artifact_id in node.inputs.items():
+        if name not in old.inputs:
+            moved.append(f"now reads {name}")
+        elif old.inputs[name] != artifact_id:
+            moved.append(f"through {plan.node(artifact_id).name}")
+    return moved or ["the stage's version"]

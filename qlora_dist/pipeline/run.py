@@ -1,0 +1,204 @@
+"""Running one node: own its folder, do its work, commit what it made, and leave word if it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qlora_dist.artifacts.owner import OwnedError, describe, owned
+from qlora_dist.artifacts.store import Manifest
+from qlora_dist.config.evaluate import TrackingConfig, TrackingName
+from qlora_dist.errors import ArtifactError, QloraDistError
+from qlora_dist.pipeline.plan import Node, Plan
+from qlora_dist.pipeline.stages import STAGES
+from qlora_dist.runtime import Facts, JsonlSink, log, rank, sinks, write_json
+
+AGAIN = 75
+"""The exit code that means "stopped on request with a checkpoint: run me again"."""
+
+
+def run_node(plan: Plan, node: Node) -> None:
+    """Makes a node's artifact, unless it is finished or another process finishes it meanwhile.
+
+    Raises:
+        QloraDistError: whatever the stage found wrong, or a full disk.
+    """
+    store = plan.store
+    with _ownership(plan, node) as is_mine:
+        if not is_mine or store.is_finished(node.id):
+            log.info("%s is finished: nothing to do", node.name)
+            return
+        out = store.partial(node.id)
+        if not STAGES[node.stage].resumes:
+            clear(out)
+        started = time.monotonic()
+        try:
+            facts = _work(plan, node, out)
+            if rank() == 0:
+                store.commit(_manifest(plan, node, facts, time.monotonic() - started))
+        except OSError as error:
+            raise _disk_error(error, out) from error
+
+
+def _work(plan: Plan, node: Node, out: Path) -> Facts:
+    stage = STAGES[node.stage]
+    with ExitStack() as stack:
+        if stage.is_tracked:
+            stack.enter_context(sinks(JsonlSink(out / "metrics.jsonl")))
+            _track(plan, node, stack)
+        return stage.load()(node.told(), plan.store.inputs(node.inputs), out)
+
+
+def _track(plan: Plan, node: Node, stack: ExitStack) -> None:
+    told = plan.config["tracking"]
+    tracking = TrackingConfig(**{**told, "name": TrackingName[told["name"]]})
+    if tracking.name is TrackingName.none:
+        return
+    from qlora_dist.tracking import open_tracker
+
+    tracker = open_tracker(
+        tracking,
+        name=f"{node.stage}-{node.label}",
+        run_id=f"{node.stage}-{node.label}-{node.key}",
+        group=plan.experiment,
+        job_type=node.stage,
+        recipe=node.recipe,
+        folder=plan.folder,
+    )
+    if sink := stack.enter_context(tracker):
+        stack.enter_context(sinks(sink))
+
+
+@contextmanager
+def _ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
+    """Owns the node's `.partial` folder; waits while another live process makes the same artifact."""
+    store, partial = plan.store, plan.store.partial(node.id)
+    if rank() != 0:
+        yield True
+        return
+    told = False
+    while not store.is_finished(node.id):
+        try:
+            with owned(partial, f"{plan.experiment}: {node.name}"):
+                yield True
+                return
+        except OwnedError as error:
+            if not told:
+                log.info("%s is being made by %s; waiting", node.name, describe(error.owner))
+            told = True
+            time.sleep(poll_s)
+    yield False
+
+
+def clear(folder: Path) -> None:
+    """Empties a `.partial` folder of what a killed life left there; the owner's hidden files stay."""
+    import shutil
+
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _manifest(plan: Plan, node: Node, facts: Facts, seconds: float) -> Manifest:
+    return Manifest(
+        stage=node.stage,
+        label=node.label,
+        key=node.key,
+        version=STAGES[node.stage].version,
+        recipe=node.recipe,
+        inputs=node.inputs,
+        leaves=node.leaves,
+        execution=node.config,
+        facts=facts,
+        seconds=round(seconds, 3),
+        made=circumstances(),
+    )
+
+
+def circumstances() -> dict[str, Any]:
+    """Says when, where and with which code and versions this process works."""
+    packages = ("qlora_dist", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets")
+    versions = {name: _version(name) for name in packages}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": socket.gethostname(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total >> 30} GiB",
+        "python": platform.python_version(),
+        "versions": {name: version for name, version in versions.items() if version},
+        "commit": _commit(),
+        "threads": os.environ.get("OMP_NUM_THREADS", ""),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """Returns the commit of the checkout this code runs from, with `+` if it was changed, or nothing."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _disk_error(error: OSError, out: Path) -> QloraDistError | OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        repair = f"Free some space, or set root= to a larger disk; then run the same command again. ({out})"
+        return ArtifactError(f"The disk of {out.parent} is full. {repair}")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return ArtifactError(
+            f"{error.filename or out} can't be written ({error.strerror}). Set root= to a folder of yours."
+        )
+    return error
+
+
+def failure_path(plan: Plan, node: Node) -> Path:
+    """Returns where a failing node leaves word of why."""
+    return plan.log_path(node).with_suffix(".failed.json")
+
+
+def run_and_report(plan: Plan, node: Node) -> int:
+    """Runs a node and returns its exit code; a failure is printed and left in `failure_path`."""
+    failure_path(plan, node).unlink(missing_ok=True)
+    try:
+        run_node(plan, node)
+    except QloraDistError as error:
+        return _leave_word(plan, node, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}. This is a fault of the program, not yours: see the log."
+        return _leave_word(plan, node, message, 1)
+    return 0
+
+
+def _leave_word(plan: Plan, node: Node, message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if rank() == 0:
+        write_json(failure_path(plan, node), {"node": node.name, "message": message, "exit_code": code})
+    return code

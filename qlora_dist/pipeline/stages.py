@@ -1,0 +1,50 @@
+"""The table of contents: every stage, the config it is told, and the function that does its work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.config import stages as told
+from qlora_dist.runtime import Facts
+
+StageFunction = Callable[[Any, Mapping[str, Path], Path], Facts]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One kind of work. `version` is raised by hand when its function makes other bytes of the same recipe."""
+
+    name: str
+    config: type
+    function: str
+    version: int = 1
+    loads_model: bool = False
+    resumes: bool = False
+    is_tracked: bool = False
+
+    def load(self) -> StageFunction:
+        """Imports the stage's function, and with it the libraries it needs."""
+        module, name = self.function.split(":")
+        function: StageFunction = getattr(import_module(module), name)
+        return function
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("records", told.RecordsConfig, "qlora_dist.data.records:write_records"),
+        Stage("splits", told.SplitsConfig, "qlora_dist.data.splits:write_splits"),
+        Stage("shards", told.ShardsConfig, "qlora_dist.data.shards:write_shards"),
+        Stage("tokenizer", told.TokenizerConfig, "qlora_dist.model.tokenizer:write_tokenizer"),
+        Stage("rows", told.RowsConfig, "qlora_dist.data.rows:write_rows"),
+        Stage("tiny", told.TinyStageConfig, "qlora_dist.model.tiny:make_tiny", loads_model=True, is_tracked=True),
+        Stage("base", told.BaseConfig, "qlora_dist.model.base:prepare_base"),
+        Stage("adapter", told.AdapterConfig, "qlora_dist.train:train_adapter", loads_model=True, is_tracked=True),
+        Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),
+        Stage("scores", told.ScoresConfig, "qlora_dist.evaluate.scores:score_model", loads_model=True, is_tracked=True),
+    )
+}
