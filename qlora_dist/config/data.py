@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from qlora_dist.config.fields import setting
+from qlora_dist.config.fields import execution, setting
 from qlora_dist.errors import bad_value
+
+
+class Kind(Enum):
+    """What a raw example is; `auto` tells it by its fields."""
+
+    auto = "auto"
+    text = "text"
+    instruction = "instruction"
+    rag = "rag"
+    chat = "chat"
+    preference = "preference"
+    classification = "classification"
 
 
 class ShardMode(Enum):
@@ -25,22 +37,68 @@ class Deduplicate(Enum):
     near = "near"
 
 
+class TrainOn(Enum):
+    """Which tokens of a conversation are trained: the assistant's, or all."""
+
+    completion = "completion"
+    all = "all"
+
+
+class LongRecords(Enum):
+    """What becomes of a record longer than a row: split over several segments, or dropped and counted."""
+
+    split = "split"
+    drop = "drop"
+
+
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """One place records come from: a file, a folder, a glob, a Hugging Face dataset id, or `installed:<corpus>`."""
+    """One place records come from: a file, a folder, a glob, a Hugging Face dataset id, or `installed:<corpus>`.
 
-    path: str = "???"
-    weight: float = setting(1.0, above=0)
+    `fields` maps the names that a kind wants to the source's own columns, e.g. `{response: answer}`.
+    """
+
+    path: str = execution("???")
+    weight: float = setting(1.0, above=0, at_most=100)
+    kind: Kind = setting(Kind.auto)
+    fields: dict[str, str] = setting(dict)
+    licence: str = ""
+    subset: str = execution("")
+    split: str = execution("train")
+    revision: str = execution("")
+
+
+@dataclass(kw_only=True, slots=True)
+class CleanConfig:
+    """What is done to a record's text, and between which bounds it is kept."""
+
+    normalize: bool = True
+    scrub_pii: bool = False
+    min_chars: int = setting(1, at_least=1)
+    max_chars: int = setting(10_000_000, at_least=1)
+    min_word_share: float = setting(0.0, at_least=0, at_most=1)
+    max_repeat_share: float = setting(1.0, above=0, at_most=1)
+
+    def check(self, key: str) -> None:
+        """Refuses bounds that nothing fits between."""
+        if self.max_chars < self.min_chars:
+            raise bad_value(f"{key}.max_chars", self.max_chars, f"at least {key}.min_chars = {self.min_chars}")
 
 
 @dataclass(kw_only=True, slots=True)
 class SplitConfig:
-    """How a domain's records are divided into train, validation and test."""
+    """How a domain's records are divided into train, validation and test.
+
+    A training record is *contaminated* when it holds `contamination_share` of the 13-word sequences of a held-out
+    prompt or answer.
+    """
 
     validation_share: float = setting(0.08, at_least=0, below=1)
     test_share: float = setting(0.08, at_least=0, below=1)
     deduplicate: Deduplicate = setting(Deduplicate.near)
-    near_threshold: float = setting(0.8, above=0, at_most=1)
+    near_threshold: float = setting(0.8, at_least=0.3, at_most=1)
+    contamination_share: float = setting(0.5, above=0, at_most=1)
+    drop_contaminated: bool = True
 
     def check(self, key: str) -> None:
         """Refuses held-out shares that leave nothing to train on."""
@@ -49,15 +107,32 @@ class SplitConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RenderConfig:
+    """How a record becomes tokens; an empty `chat_template` means the model's own, or the plain one."""
+
+    chat_template: str = ""
+    train_on: TrainOn = setting(TrainOn.completion)
+    long_records: LongRecords = setting(LongRecords.split)
+    overlap_tokens: int = setting(0, at_least=0)
+
+
+@dataclass(kw_only=True, slots=True)
 class DomainConfig:
-    """One subject: its corpus, how it is cleaned, split and sharded."""
+    """One subject: its corpus, how it is cleaned, split, sharded and rendered.
+
+    Only `sources` and `clean` decide what stage `records` makes; the other fields reach the stages that read them in
+    configs of their own, and so stay out of its key.
+    """
 
     sources: list[SourceConfig] = setting(list)
-    max_reject_share: float = setting(0.05, at_least=0, at_most=1)
-    split: SplitConfig = setting(SplitConfig)
-    num_shards: int = setting(2, at_least=1, at_most=100_000)
-    shard_mode: ShardMode = setting(ShardMode.iid)
-    shard_weight: float = setting(1.0, above=0)
+    clean: CleanConfig = setting(CleanConfig)
+    max_reject_share: float = execution(0.05, at_least=0, at_most=1)
+    part_bytes: int = execution(256 * 2**20, at_least=2**16)
+    split: SplitConfig = execution(SplitConfig)
+    num_shards: int = execution(2, at_least=1, at_most=100_000)
+    shard_mode: ShardMode = execution(ShardMode.iid)
+    shard_weight: float = execution(1.0, above=0)
+    render: RenderConfig = execution(RenderConfig)
 
     def check(self, key: str) -> None:
         """Refuses a domain without sources."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_dist.config.data import DomainConfig, ShardMode, SplitConfig
+from qlora_dist.config.data import DomainConfig, RenderConfig, ShardMode, SplitConfig
 from qlora_dist.config.evaluate import EvaluateConfig
 from qlora_dist.config.fields import execution, setting
 from qlora_dist.config.merge import MergeConfig
@@ -63,6 +63,7 @@ class RowsConfig:
     split: str = "train"
     shard: int = -1
     row_tokens: int = 256
+    render: RenderConfig = setting(RenderConfig)
     seed: int = 0
 
 
