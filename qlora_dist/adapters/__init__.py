@@ -1,0 +1,1 @@
+"""Adapters after training: exact low-rank algebra, merging, and choosing among merges by held-out data."""

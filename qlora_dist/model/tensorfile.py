@@ -1,0 +1,165 @@
+"""Safetensors files, read and written one tensor at a time.
+
+The reader uses `pread`, not `mmap`: pages of a mapped file count as resident memory, and a merge of eight
+large adapters would look (and, under a memory limit, fail) as if it held them all. Several threads may read
+from one file at once. The writer needs no shapes beforehand: it leaves room for the header and fills it in last.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from qlora_dist.errors import ModelError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Safetensors' name of each dtype that is read and written here."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ENTRY_BYTES = 160  # one header entry without its tensor's name: dtype, up to eight sizes, two offsets
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies in its file: `start` is counted from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+class TensorFile:
+    """A safetensors file that is read tensor by tensor, from any number of threads.
+
+    Raises:
+        ModelError: if the file is absent, torn, or no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ModelError(f"{path}: can't be read ({error.strerror}).") from None
+        self.header_bytes, self.metadata, self.entries = self._read_header()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; reading from it afterwards fails."""
+        os.close(self._file)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns one tensor in memory of its own, in the dtype of the file."""
+        entry = self.entries[name]
+        buffer = self.read_bytes(entry.start, entry.num_bytes)
+        return buffer.view(entry.dtype).reshape(entry.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Returns rows `first` to `last` (left out) of a tensor's first dimension."""
+        entry = self.entries[name]
+        row_bytes = entry.num_bytes // max(entry.shape[0], 1)
+        buffer = self.read_bytes(entry.start + first * row_bytes, (last - first) * row_bytes)
+        return buffer.view(entry.dtype).reshape(last - first, *entry.shape[1:])
+
+    def read_bytes(self, start: int, num_bytes: int) -> torch.Tensor:
+        """Returns bytes of the file as a uint8 tensor."""
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        view, done = buffer.numpy().data, 0
+        while done < num_bytes:
+            done += (got := os.preadv(self._file, [view[done : done + 2**30]], start + done))
+            if not got:
+                raise ModelError(f"{self.path}: ends after {start + done} bytes. The file is torn: copy it again.")
+        return buffer
+
+    def _read_header(self) -> tuple[int, dict[str, str], dict[str, Entry]]:
+        size = os.fstat(self._file).st_size
+        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        if not 2 <= length <= size - 8:
+            raise ModelError(f"{self.path}: no safetensors file, or a torn one ({size} bytes). Copy it again.")
+        try:
+            header: dict[str, Any] = json.loads(bytes(self.read_bytes(8, length).numpy()))
+        except ValueError:
+            raise ModelError(f"{self.path}: the header is no JSON. Copy the file again.") from None
+        metadata = header.pop("__metadata__", {})
+        entries = {name: self._entry(name, value, 8 + length) for name, value in header.items()}
+        end = max((e.start + e.num_bytes for e in entries.values()), default=8 + length)
+        if end > size:
+            raise ModelError(f"{self.path}: has {size} of {end} bytes. The file is torn: copy it again.")
+        return 8 + length, metadata, entries
+
+    def _entry(self, name: str, value: Mapping[str, Any], offset: int) -> Entry:
+        if value["dtype"] not in DTYPES:
+            raise ModelError(f"{self.path}: {name} has dtype {value['dtype']}, which is not read here.")
+        first, last = value["data_offsets"]
+        return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), offset + first, last - first)
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, aside, and renames it into place when the block ends well.
+
+    `names` are the tensors that will come, so that the header's room is known.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self._header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+        room = len(json.dumps(self._header)) + sum(len(name.encode()) + _ENTRY_BYTES for name in names)
+        self._room = -(-(room + 8) // 64) * 64 - 8  # tensor data start on a 64-byte boundary
+        self._aside = path.with_name(f".{path.name}.partial")
+        self._file = self._aside.open("wb")
+        self._file.seek(8 + self._room)
+        self._done = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Appends one tensor to the file."""
+        data = tensor.detach().contiguous().cpu()
+        num_bytes = data.numel() * data.element_size()
+        offsets = [self._done, self._done + num_bytes]
+        self._header[name] = {"dtype": _NAMES[data.dtype], "shape": list(data.shape), "data_offsets": offsets}
+        self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        self._done += num_bytes
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            header = json.dumps(self._header, separators=(",", ":")).encode()
+            self._file.seek(0)
+            self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.close()
+        if kind is None:
+            self._aside.replace(self.path)
+        else:
+            self._aside.unlink()
