@@ -20,7 +20,7 @@ from qlora_dist.errors import bad_value
 class RunConfig:
     """Everything one command runs: domains, base, recipe, merge, scores, and where it happens."""
 
-    experiment: str = execution("run")
+    name: str = execution("run")
     root: str = execution("runs")
     seed: int = setting(17, at_least=0, at_most=2**31 - 1)
     plan_only: bool = execution(False)
@@ -39,9 +39,9 @@ class RunConfig:
 
     def check(self, key: str) -> None:
         """Refuses names that can't be folders, and steps that do not divide."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.experiment) or self.experiment == "artifacts":
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.=-]*", self.name) or self.name == "artifacts":
             wanted = "letters, digits, '_', '-' and '.', and not 'artifacts'"
-            raise bad_value("experiment", self.experiment, wanted, "It names the folder of the results.")
+            raise bad_value("name", self.name, wanted, "It names the folder of the results.")
         if not self.domain:
             raise bad_value("domain", "[]", "at least one domain", "Set domain=[legal].")
         for name in self.domain:

@@ -26,7 +26,7 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
         ConfigError, DataError: if a source or the base can't be there.
     """
     root = str(Path(config.root).expanduser().resolve())
-    plan = Plan(experiment=config.experiment, root=root, command=command, config=everything(config))
+    plan = Plan(experiment=config.name, root=root, command=command, config=everything(config))
     domains = {GENERAL: config.general, **config.domain}
     splits = {name: _add_splits(plan, name, domain) for name, domain in domains.items()}
     tokenizer = _add_tokenizer(plan, config, splits)

@@ -1,0 +1,155 @@
+"""Driving a plan through a launcher, from the lock of the run's folder to the table of scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from qlora_dist.artifacts.owner import OwnedError, describe, owned
+from qlora_dist.config.run import RunConfig
+from qlora_dist.errors import ArtifactError, LaunchError
+from qlora_dist.launch.base import Launcher, Machine, State, make_job
+from qlora_dist.launch.local import LocalLauncher, this_machine
+from qlora_dist.launch.screen import Screen, clock, plan_table
+from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed
+from qlora_dist.pipeline.nodes import make_plan
+from qlora_dist.pipeline.plan import PLAN, Plan, drift, read_plan
+
+POLL_S = 0.2
+
+
+def run(config: RunConfig, command: str, console: Console) -> int:
+    """Plans and runs one config; returns the exit code: 0, 1 when a node failed, 130 when interrupted.
+
+    Raises:
+        QloraDistError: for what is wrong before any work.
+    """
+    plan = make_plan(config, command)
+    before = _previous(plan)
+    cached = {node.name: plan.store.is_finished(node.id) for node in plan.nodes}
+    moved = drift(plan, before)
+    if config.plan_only:
+        console.print(plan_table(plan, cached, moved))
+        _say_notes(plan, console)
+        return 0
+    if all(cached.values()) and is_closed(plan):
+        console.print(f"Nothing to do: all {len(plan.nodes)} nodes are finished, and nothing they read has changed.")
+        return _show_results(plan, _read_summary(plan), console)
+    try:
+        with owned(_writable(plan.folder), f"launch {plan.experiment}"):
+            plan.write()
+            _say_drift(moved, console)
+            _say_notes(plan, console)
+            return _drive(plan, _launcher(config), cached, console)
+    except OwnedError as error:
+        repair = "Wait for it or end it, or give this run a name of its own: name=<other>."
+        raise LaunchError(f"{plan.folder} is being run by {describe(error.owner)}. {repair}") from error
+
+
+def _launcher(config: RunConfig) -> Callable[[Machine], Launcher]:
+    return lambda machine: LocalLauncher(machine, config.launcher.max_parallel)
+
+
+def _drive(plan: Plan, launcher_on: Callable[[Machine], Launcher], cached: dict[str, bool], console: Console) -> int:
+    machine = this_machine()
+    launcher = launcher_on(machine)
+    states = {name: State.cached for name, is_cached in cached.items() if is_cached}
+    to_run = [node for node in plan.nodes if not cached[node.name]]
+    console.print(f"{len(to_run)} of {len(plan.nodes)} nodes to run; logs in {plan.folder / 'logs'}")
+    started = time.monotonic()
+    interrupted = False
+    with Screen(plan, console) as screen:
+        screen.update(states)
+        try:
+            for node in to_run:
+                launcher.submit(make_job(plan, node, machine, _model_bytes(plan)))
+            while not all(state.has_ended for state in states.values()) or len(states) < len(plan.nodes):
+                states |= launcher.poll()
+                screen.update(states)
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            interrupted = True
+            launcher.cancel()
+            states |= launcher.poll()
+            screen.update(states)
+        seconds = dict(screen.seconds)
+    endings = {
+        node.name: ending_of(plan, node, states[node.name].name, seconds.get(node.name, 0)) for node in plan.nodes
+    }
+    if interrupted:
+        console.print("Interrupted. What is finished stays; the same command goes on from there.")
+        return 130
+    summary = close_run(plan, endings)
+    console.print(f"Took {clock(time.monotonic() - started)}.")
+    _say_failures(plan, endings, console)
+    return _show_results(plan, summary, console)
+
+
+def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:
+    from qlora_dist.evaluate.report import score_table
+
+    if summary["scores"]:
+        console.print(score_table(summary))
+    console.print(f"report   {plan.folder / 'report.html'}", soft_wrap=True)
+    console.print(f"summary  {plan.folder / 'summary.json'}", soft_wrap=True)
+    if summary["adapter"]:
+        console.print(f"adapter  {summary['adapter']}", soft_wrap=True)
+        console.print(Text(f"use it   {summary['use']}"), soft_wrap=True)
+    return 0 if summary["state"] == "done" else 1
+
+
+def _say_failures(plan: Plan, endings: dict[str, Ending], console: Console) -> None:
+    for node in plan.nodes:
+        ending = endings[node.name]
+        if ending.error:
+            console.print(Text(f"failed: {node.name}: {ending.error}", style="bold red"), soft_wrap=True)
+            console.print(Text(f"   log: {plan.log_path(node)}"), soft_wrap=True)
+    skipped = [name for name, ending in endings.items() if ending.state == "skipped"]
+    if skipped:
+        console.print(Text(f"skipped, since they need what failed: {', '.join(skipped)}", style="yellow"))
+
+
+def _say_drift(moved: dict[str, list[str]], console: Console) -> None:
+    for name, reasons in moved.items():
+        own = [reason for reason in reasons if not reason.startswith("through ")]
+        if own:
+            console.print(Text(f"changed since last time: {name}: {'; '.join(own)}", style="yellow"))
+
+
+def _say_notes(plan: Plan, console: Console) -> None:
+    for note in plan.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+
+
+def _previous(plan: Plan) -> Plan | None:
+    try:
+        return read_plan(plan.folder / PLAN)
+    except ArtifactError:
+        return None  # the first run, or a plan of an older version
+
+
+def _read_summary(plan: Plan) -> dict[str, Any]:
+    import json
+
+    summary: dict[str, Any] = json.loads((plan.folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"root={folder.parent}: it can't be written ({error.strerror}). Set root= to a folder of yours."
+        raise LaunchError(message) from error
+    return folder
+
+
+def _model_bytes(plan: Plan) -> int:
+    """Returns the size of the base's weight files, 0 for the embedded one or one that is still on the hub."""
+    folder = Path(plan.config["model"]["path"]).expanduser()
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) if plan.config["model"]["path"] else 0

@@ -1,0 +1,115 @@
+"""The launcher that runs jobs on this machine, as many at once as its cores, memory and GPUs allow."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from qlora_dist.launch.base import Job, Machine, State
+from qlora_dist.pipeline.__main__ import LAUNCHER_VARIABLE
+from qlora_dist.runtime import PROGRESS_VARIABLE
+
+GRACE_S = 15.0
+"""How long a job may take to end after SIGTERM, before SIGKILL."""
+
+
+def this_machine() -> Machine:
+    """Measures the cores this process may use, the memory that is free, and the GPUs it may see."""
+    return Machine(
+        cores=len(os.sched_getaffinity(0)), memory_bytes=psutil.virtual_memory().available, gpus=len(visible_gpus())
+    )
+
+
+def visible_gpus() -> list[str]:
+    """Returns the names of the GPUs this process may use, without loading CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
+    cards = Path("/proc/driver/nvidia/gpus")
+    return [str(i) for i, _ in enumerate(cards.iterdir())] if cards.is_dir() else []
+
+
+class LocalLauncher:
+    """Starts each job as a process group of its own, with its output in the job's log file."""
+
+    def __init__(self, machine: Machine, max_parallel: int = 0) -> None:
+        self._machine = machine
+        self._max_parallel = max_parallel or 10**6
+        self._jobs: dict[str, Job] = {}
+        self._states: dict[str, State] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._gpus: dict[str, list[str]] = {}
+
+    def submit(self, job: Job) -> None:
+        """Takes a job; it starts in a later `poll`."""
+        self._jobs[job.name] = job
+        self._states[job.name] = State.waiting
+
+    def poll(self) -> Mapping[str, State]:
+        """Takes note of what has ended, skips what can't run any more, and starts what fits."""
+        for name, process in list(self._processes.items()):
+            if process.poll() is not None:
+                self._states[name] = State.done if process.returncode == 0 else State.failed
+                del self._processes[name]
+                self._gpus.pop(name, None)
+        for name in [n for n, state in self._states.items() if state is State.waiting]:
+            job = self._jobs[name]
+            before = [self._states.get(other, State.cached) for other in job.after]
+            if any(state.has_ended and not state.is_good for state in before):
+                self._states[name] = State.skipped
+            elif all(state.is_good for state in before) and self._fits(job):
+                self._start(job)
+        return dict(self._states)
+
+    def cancel(self) -> None:
+        """Sends SIGTERM to each job's process group, SIGKILL after `GRACE_S`."""
+        for process in self._processes.values():
+            _signal(process, signal.SIGTERM)
+        end = time.monotonic() + GRACE_S
+        while time.monotonic() < end and any(p.poll() is None for p in self._processes.values()):
+            time.sleep(0.1)
+        for name, process in self._processes.items():
+            _signal(process, signal.SIGKILL)
+            process.wait()
+            self._states[name] = State.cancelled
+        self._processes.clear()
+        self._states |= {n: State.cancelled for n, state in self._states.items() if state is State.waiting}
+
+    def _fits(self, job: Job) -> bool:
+        running = [self._jobs[name] for name in self._processes]
+        if not running:
+            return True
+        return (
+            len(running) < self._max_parallel
+            and sum(other.cores for other in running) + job.cores <= self._machine.cores
+            and sum(other.memory_bytes for other in running) + job.memory_bytes <= self._machine.memory_bytes
+            and sum(other.gpus for other in running) + job.gpus <= self._machine.gpus
+        )
+
+    def _start(self, job: Job) -> None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        progress = job.log.with_suffix(".progress.json")
+        progress.unlink(missing_ok=True)
+        environment = os.environ | job.environment | {PROGRESS_VARIABLE: str(progress)}
+        environment |= {LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        if job.gpus:
+            taken = {gpu for gpus in self._gpus.values() for gpu in gpus}
+            self._gpus[job.name] = [gpu for gpu in visible_gpus() if gpu not in taken][: job.gpus]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[job.name])
+        with job.log.open("ab") as log:
+            self._processes[job.name] = subprocess.Popen(
+                job.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        self._states[job.name] = State.running
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

@@ -1,0 +1,146 @@
+"""What a person sees while a plan runs: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from qlora_dist.launch.base import State
+from qlora_dist.pipeline.plan import Plan
+
+STYLES = {
+    State.waiting: "dim",
+    State.running: "bold cyan",
+    State.cached: "green",
+    State.done: "green",
+    State.failed: "bold red",
+    State.skipped: "yellow",
+    State.cancelled: "yellow",
+}
+PLAIN_EVERY_S = 15.0
+
+
+class Screen:
+    """Shows the state of each node; `update` is called a few times a second."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._plan = plan
+        self._console = console
+        self._states: dict[str, State] = {}
+        self._started: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._told: float = time.monotonic()
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> Screen:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.update(self._table())
+            self._live.stop()
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """How long each ended node took on this screen's clock."""
+        return self._seconds
+
+    def update(self, states: Mapping[str, State]) -> None:
+        """Takes note of the states and shows what changed."""
+        now = time.monotonic()
+        for name, state in states.items():
+            if self._states.get(name) is state:
+                continue
+            self._states[name] = state
+            if state is State.running:
+                self._started[name] = now
+            elif state.has_ended:
+                self._seconds[name] = now - self._started.get(name, now)
+            if not self._live and state is not State.waiting:
+                self._say(name, state)
+        if self._live:
+            self._live.update(self._table())
+        elif now - self._told > PLAIN_EVERY_S:
+            self._told = now
+            for name in self._running():
+                self._say(name, State.running)
+
+    def _running(self) -> list[str]:
+        return [name for name, state in self._states.items() if state is State.running]
+
+    def _say(self, name: str, state: State) -> None:
+        ended = sum(s.has_ended for s in self._states.values())
+        values = self._values(name) if state is State.running else {}
+        detail = " ".join(f"{key} {value}" for key, value in values.items() if value)
+        took = f" in {self._seconds[name]:.1f} s" if state in (State.done, State.failed) else ""
+        line = f"[{ended}/{len(self._plan.nodes)}] {state.name} {name}{took} {detail}".rstrip()
+        self._console.print(Text(line, style=STYLES[state]), soft_wrap=True)
+
+    def _values(self, name: str) -> dict[str, str]:
+        progress = _read(self._plan.log_path(self._plan.node(name)).with_suffix(".progress.json"))
+        if not progress:
+            return {}
+        loss, speed = progress.get("loss"), progress.get("tokens_per_s")
+        return {
+            progress.get("unit", "step"): f"{progress['done']}/{progress['total']}",
+            "loss": f"{loss:.3f}" if loss is not None else "",
+            "tokens/s": f"{speed:,.0f}" if speed else "",
+            "left": clock(progress.get("left_s", 0)) if progress["done"] else "",
+        }
+
+    def _table(self) -> Table:
+        table = Table(title=f"{self._plan.experiment}", title_justify="left", box=None, pad_edge=False)
+        for column, justify in (("node", "left"), ("state", "left"), ("time", "right"), ("step", "right")):
+            table.add_column(column, justify="right" if justify == "right" else "left", no_wrap=True)
+        for column in ("loss", "tokens/s", "left"):
+            table.add_column(column, justify="right", no_wrap=True)
+        now = time.monotonic()
+        for node in self._plan.nodes:
+            state = self._states.get(node.name, State.waiting)
+            values = list(self._values(node.name).values()) if state is State.running else []
+            took = now - self._started[node.name] if state is State.running else self._seconds.get(node.name, 0.0)
+            cells = [clock(took) if took >= 0.5 else "", *(values or ["", "", "", ""])]
+            table.add_row(node.name, Text(state.name, style=STYLES[state]), *cells)
+        return table
+
+
+def clock(seconds: float) -> str:
+    """Writes a duration as people say it: `42 s`, `3:05`, `2:10:00`."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def plan_table(plan: Plan, cached: Mapping[str, bool], moved: Mapping[str, list[str]]) -> Table:
+    """Lists each node of a plan: label, key, cached or to run, and what changed since last time."""
+    table = Table(title=f"Plan of {plan.experiment}: {plan.folder}", title_justify="left", box=None, pad_edge=False)
+    for column in ("node", "key", "state", "changed since last time"):
+        table.add_column(column, no_wrap=column != "changed since last time")
+    for node in plan.nodes:
+        state = Text("cached", style="green") if cached[node.name] else Text("to run", style="bold")
+        table.add_row(node.name, node.key, state, Text("; ".join(moved.get(node.name, []))))
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values

@@ -1,0 +1,138 @@
+"""Closing a run: one summary, one report and the shipped adapter, from what its artifacts hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.pipeline.plan import Node, Plan
+from qlora_dist.pipeline.run import circumstances, failure_path
+from qlora_dist.runtime import write_json
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a node ended: its state's name, how long it took here, and what went wrong."""
+
+    state: str
+    seconds: float = 0.0
+    error: str = ""
+
+
+def close_run(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
+    """Writes `summary.json`, `report.html` and, when there is one to ship, `adapter/`; returns the summary."""
+    shipped = _ship(plan, endings)
+    summary = {
+        "experiment": plan.experiment,
+        "command": plan.command,
+        "config": plan.config,
+        "state": "done" if all(e.state in {"done", "cached"} for e in endings.values()) else "failed",
+        "nodes": [_describe(plan, node, endings[node.name]) for node in plan.nodes],
+        "scores": _scores(plan, endings),
+        "curves": _curves(plan, endings),
+        "adapter": str(shipped) if shipped else None,
+        "use": use_command(plan, shipped) if shipped else "",
+        "notes": plan.notes,
+        **{k: v for k, v in circumstances().items() if k in {"commit", "time"}},
+        "package_versions": circumstances()["versions"],
+        "hardware": circumstances()["machine"],
+    }
+    write_json(plan.folder / SUMMARY, summary)
+    from qlora_dist.evaluate.report import write_report
+
+    write_report(summary, plan.folder)
+    return summary
+
+
+def is_closed(plan: Plan) -> bool:
+    """Says that this very plan was closed, with all of it done, and that its results lie there."""
+    try:
+        summary = json.loads((plan.folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    keys = [(n["stage"], n["label"], n["key"]) for n in summary["nodes"]]
+    same = keys == [(n.stage, n.label, n.key) for n in plan.nodes] and summary["state"] == "done"
+    shipped = summary["adapter"]
+    return bool(same and (plan.folder / "report.html").exists() and (not shipped or Path(shipped).is_dir()))
+
+
+def use_command(plan: Plan, adapter: Path) -> str:
+    """Returns the one command that loads the shipped adapter on its base."""
+    shown = Path(os.path.relpath(adapter)) if adapter.is_relative_to(Path.cwd()) else adapter
+    loads = "AutoPeftModelForCausalLM.from_pretrained"
+    return f"python -c \"from peft import AutoPeftModelForCausalLM; print({loads}('{shown}'))\""
+
+
+def _describe(plan: Plan, node: Node, ending: Ending) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "stage": node.stage,
+        "label": node.label,
+        "key": node.key,
+        "state": ending.state,
+        "seconds": round(ending.seconds, 1),
+        "log": str(plan.log_path(node)),
+    }
+    if ending.state in {"done", "cached"}:
+        manifest = plan.store.manifest(node.id)
+        described |= {"seconds": manifest.seconds, "facts": manifest.facts, "folder": str(plan.store.folder(node.id))}
+    if ending.error:
+        described["error"] = ending.error
+    return described
+
+
+def _finished(plan: Plan, endings: Mapping[str, Ending], stage: str) -> list[Node]:
+    return [n for n in plan.nodes if n.stage == stage and endings[n.name].state in {"done", "cached"}]
+
+
+def _scores(plan: Plan, endings: Mapping[str, Ending]) -> list[dict[str, Any]]:
+    rows = []
+    for node in _finished(plan, endings, "scores"):
+        path = plan.store.folder(node.id) / "scores.json"
+        rows += json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def _curves(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, list[dict[str, float]]]:
+    curves = {}
+    for stage in ("tiny", "adapter"):
+        for node in _finished(plan, endings, stage):
+            path = plan.store.folder(node.id) / "metrics.jsonl"
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                curves[node.label] = [json.loads(line) for line in lines]
+    return curves
+
+
+def _ship(plan: Plan, endings: Mapping[str, Ending]) -> Path | None:
+    """Copies what is shipped to `adapter/`: the merged adapter, written aside and renamed."""
+    merged = _finished(plan, endings, "merged")
+    if not merged:
+        return None
+    final, aside = plan.folder / "adapter", plan.folder / ".adapter"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(plan.store.folder(merged[0].id), aside, ignore=shutil.ignore_patterns("manifest.json", ".*"))
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    return final
+
+
+def ending_of(plan: Plan, node: Node, state: str, seconds: float) -> Ending:
+    """Reads why a node failed, or says what is known when it left no word."""
+    if state != "failed":
+        return Ending(state, seconds)
+    log = plan.log_path(node)
+    try:
+        message = json.loads(failure_path(plan, node).read_text(encoding="utf-8"))["message"]
+    except (OSError, ValueError):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        message = (
+            f"The process ended without a word (killed, or out of memory?). Last line of the log: {(lines or [''])[-1]}"
+        )
+    return Ending(state, seconds, message)
