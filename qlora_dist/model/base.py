@@ -1,0 +1,177 @@
+"""The frozen base model: found, checked, described once (stage `base`), and loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_dist.config.model import ModelConfig, Quantization
+from qlora_dist.config.stages import BaseConfig
+from qlora_dist.errors import ModelError, bad_value
+from qlora_dist.model.weights import find_weights, folder_digest, read_json
+from qlora_dist.runtime import Facts, log, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+BASE_FILE = "base.json"
+FULL_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a base model is: where it lies, the digest of its bytes, and its shape."""
+
+    path: str
+    revision: str
+    digest: str
+    architecture: str
+    num_parameters: int
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    max_position_embeddings: int
+    dtype: str
+
+    def folder(self) -> Path:
+        """Returns the local folder that holds the files: the path itself, or the hub's cache."""
+        return model_folder(self.path, self.revision)
+
+
+def prepare_base(config: BaseConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
+    """Checks the base model and writes `base.json`, which says what it is.
+
+    The base is `model.path`, or the folder of input `tiny` when that is empty.
+
+    Raises:
+        ModelError: if the folder holds no model that can be loaded, naming the file and the repair.
+    """
+    path = config.model.path or str(inputs["tiny"])
+    folder = model_folder(path, config.model.revision)
+    base = describe_base(folder, str(folder) if Path(path).expanduser().is_dir() else path, config.model.revision)
+    write_json(out / BASE_FILE, asdict(base))
+    return asdict(base)
+
+
+def open_base(folder: Path) -> Base:
+    """Reads the description that stage `base` wrote into `folder`."""
+    fields = read_json(folder / BASE_FILE, "run stage `base` first")
+    return Base(**{name: fields[name] for name in Base.__dataclass_fields__})
+
+
+def model_folder(path: str, revision: str) -> Path:
+    """Returns the local folder of a model: `path` itself, or the snapshot of a hub id at a pinned revision.
+
+    Raises:
+        ConfigError: for a hub id without a full commit sha.
+        ModelError: for a folder that is absent, and a hub id that can't be fetched.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if not is_hub_id(path):
+        raise ModelError(f"model.path={path}: no such folder. Set it to a Hugging Face model folder or a hub id.")
+    if not FULL_SHA.fullmatch(revision):
+        wanted = "the full commit sha of a hub id, 40 hexadecimal digits"
+        repair = f"Pin the one you mean: it stands on https://huggingface.co/{path}/commits/main."
+        raise bad_value("model.revision", revision, wanted, repair)
+    return _snapshot(path, revision)
+
+
+def is_hub_id(path: str) -> bool:
+    """Says whether `path` has the form `name` or `owner/name`, as ids of the Hugging Face hub have."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
+
+
+def _snapshot(path: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, local_files_only=True))
+    except Exception:
+        log.info("fetching %s at %s", path, revision)
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        repair = "Check the id, the revision, HF_TOKEN for a gated model, and the network; or set a local folder."
+        raise ModelError(
+            f"model.path={path}: can't be fetched from the hub at {revision} ({first}). {repair}"
+        ) from None
+
+
+def describe_base(folder: Path, path: str, revision: str) -> Base:
+    """Returns what the model in `folder` is, after reading its config and every weight file's header.
+
+    Raises:
+        ModelError: as `find_weights`, and for an architecture that transformers doesn't know.
+    """
+    fields = read_json(folder / "config.json", "a model folder holds config.json and *.safetensors")
+    weights = find_weights(folder)
+    if fields.get("quantization_config"):
+        method = fields["quantization_config"].get("quant_method", "?")
+        raise ModelError(f"{folder}: its weights are quantized already ({method}). Set model.path to the 16-bit model.")
+    shape = _shape(folder, fields)
+    return Base(
+        path=path,
+        revision=revision,
+        digest=folder_digest(folder, ["config.json", *weights.files]),
+        num_parameters=weights.num_parameters,
+        dtype=weights.dtype,
+        **shape,
+    )
+
+
+def _shape(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = fields.get("model_type", "")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        wanted = "a causal language model that the installed transformers knows"
+        raise ModelError(
+            f"{folder / 'config.json'}: model_type={kind!r}: expected {wanted} (llama, qwen3, mistral ...)."
+        )
+    config = AutoConfig.from_pretrained(folder)
+    return {
+        "architecture": (getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]])[0],
+        "vocab_size": int(config.vocab_size),
+        "num_layers": int(config.num_hidden_layers),
+        "hidden_size": int(config.hidden_size),
+        "max_position_embeddings": int(getattr(config, "max_position_embeddings", 0)),
+    }
+
+
+def load_model(base: Base, model: ModelConfig, *, dtype: torch.dtype | None = None, quantized: bool = True) -> Any:
+    """Loads the base as a Hugging Face causal language model on this rank's device, 4-bit if the config says so.
+
+    Args:
+        base: what to load.
+        model: how its weights are stored and which attention runs.
+        dtype: of what is not quantized, instead of `model.compute_dtype`.
+        quantized: False keeps the weights whole whatever `model.quantization` says (full fine-tuning).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qlora_dist.model.quantize import bits_and_bytes, keep_cpu_weights
+    from qlora_dist.runtime import device
+
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    four_bit = quantized and model.quantization is Quantization.nf4
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base.folder(),
+        dtype=dtype or getattr(torch, model.compute_dtype.name),
+        quantization_config=bits_and_bytes(model) if four_bit else None,
+        attn_implementation=model.attention,
+        device_map={"": device()},
+        local_files_only=True,
+    )
+    keep_cpu_weights(loaded)
+    loaded.config.use_cache = False
+    return loaded
