@@ -42,15 +42,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+ABSENT = object()
+
+
 def differences(before: Any, after: Any, key: str = "") -> list[str]:
     """Lists the leaves in which two recipes differ, each as `key: before -> after`."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = sorted(before.keys() | after.keys())
-        pairs = ((f"{key}.{n}" if key else n, before.get(n), after.get(n)) for n in names)
+        pairs = ((f"{key}.{n}" if key else n, before.get(n, ABSENT), after.get(n, ABSENT)) for n in names)
         return [line for name, b, a in pairs for line in differences(b, a, name)]
     return [] if before == after else [f"{key}: {_short(before)} -> {_short(after)}"]
 
 
 def _short(value: Any) -> str:
+    if value is ABSENT:
+        return "(absent)"
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,11 +34,12 @@ def compose_run(overrides: Sequence[str], config_dir: str | None = None) -> RunC
     """
     register_schema()
     extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    values = _parse(overrides)
     try:
         with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
             return run_config(compose("config", overrides=[*overrides, *extra]))
-    except HydraException as error:
-        raise translate(error) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise translate(error, values) from error
 
 
 def run_config(composed: DictConfig) -> RunConfig:
@@ -49,60 +51,67 @@ def run_config(composed: DictConfig) -> RunConfig:
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise translate(error) from error
+        raise translate(error, {}) from error
     if not isinstance(config, RunConfig):
         raise ConfigError("The composed config is not a run's: conf/config.yaml must begin with run_schema.")
     check(config)
     return config
 
 
-def translate(error: Exception) -> QloraDistError:
-    """Says in one sentence what Hydra or OmegaConf found wrong: key, value, what was wanted, the repair."""
-    cause = error
-    while isinstance(cause, ConfigCompositionException) and isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__
-    for known in (cause, error):
-        if isinstance(known, OverrideParseException):
+def _parse(overrides: Sequence[str]) -> dict[str, str]:
+    """Returns each override's value as typed, by its key.
+
+    Raises:
+        ConfigError: for broken grammar, or a key that no run has.
+    """
+    values = {}
+    for line in overrides:
+        try:
+            override = OverridesParser.create().parse_override(line)
+        except HydraException as error:
             repair = "Quote values with spaces, brackets or commas: 'key=\"a b\"'."
-            return bad_value("override", known.override, "key=value in Hydra's grammar", repair)
-        if isinstance(known, MissingConfigException):
-            return _missing_option(known)
-    if isinstance(cause, OmegaConfBaseException):
-        return _bad_key_or_value(cause, str(error))
-    return _bad_override(str(error))
+            raise bad_value("override", line, "key=value in Hydra's grammar", repair) from error
+        key = override.key_or_group
+        values[key] = line.partition("=")[2]
+        if key.partition(".")[0] != "hydra" and key not in _groups() and not _is_valid(key):
+            raise ConfigError(f"{key}: there is no such key. {_nearest_key(key)}")
+    return values
 
 
-def _missing_option(error: MissingConfigException) -> QloraDistError:
-    group, _, option = (error.missing_cfg_file or "?").rpartition("/")
-    wanted = f"one of the files in conf/{group}/"
-    return bad_value(group or "config", option, wanted, nearest(option, error.options or _options(group)))
+def _is_valid(key: str) -> bool:
+    return any(re.fullmatch(re.sub(r"<\w+>", "[^.]+", re.escape(valid)), key) for valid in valid_keys())
+
+
+def translate(error: Exception, values: Mapping[str, str]) -> QloraDistError:
+    """Says in one sentence what Hydra or OmegaConf found wrong: key, value, what was wanted, the repair."""
+    if isinstance(error, MissingConfigException):
+        group, _, option = (error.missing_cfg_file or "?").rpartition("/")
+        wanted = f"one of the files in conf/{group}/"
+        return bad_value(group or "config", option, wanted, nearest(option, error.options or _options(group)))
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _bad_key_or_value(cause, values)
+    absent = re.search(r"Could not override '(\w+)'\. No match in the defaults list", str(error))
+    if absent:
+        group = absent.group(1)
+        repair = f"Write +{group}=<name>, one of: {', '.join(_options(group))}."
+        return ConfigError(f"{group}: it is not in the defaults list. {repair}")
+    return ConfigError(str(error).splitlines()[0])
+
+
+def _bad_key_or_value(error: OmegaConfBaseException, values: Mapping[str, str]) -> QloraDistError:
+    key, message = str(error.full_key), str(error.msg)
+    if re.match(r"Key '.*' not in", message):
+        return ConfigError(f"{key}: there is no such key. {_nearest_key(key)}")
+    if "Missing mandatory value" in message:
+        return ConfigError(f"{key}: a value is needed and none is set. Set {key}=<value>.")
+    quoted = re.search(r"[Vv]alue '(.*?)'", message)
+    value = values.get(key) or (quoted.group(1) if quoted else "")
+    return bad_value(key, value, _wanted(key))
 
 
 def _options(group: str) -> list[str]:
     return [path.stem for path in (conf_folder() / group).glob("*.yaml")]
-
-
-def _bad_override(message: str) -> QloraDistError:
-    found = re.search(r"Could not (?:override|append to|delete from config\. ?) ?'?([^'\s]+)'?", message)
-    key = found.group(1).rstrip(".") if found else ""
-    if key and key in _groups():
-        repair = f"Write +{key}=<name>, one of: {', '.join(_options(key))}."
-        return ConfigError(f"{key}: it is not in the defaults list. {repair}")
-    if key:
-        return ConfigError(f"{key}: there is no such key. {_nearest_key(key)}")
-    return ConfigError(message.splitlines()[0])
-
-
-def _bad_key_or_value(error: OmegaConfBaseException, message: str) -> QloraDistError:
-    key = str(error.full_key or "")
-    if "not in" in str(error.msg) and "Key" in str(error.msg):
-        return ConfigError(f"{key}: there is no such key. {_nearest_key(key)}")
-    if "Missing mandatory value" in str(error.msg):
-        return ConfigError(f"{key}: a value is needed and none is set. Set {key}=<value>.")
-    if not key:
-        return _bad_override(message)
-    value = re.search(r"[Vv]alue '?(.*?)'?(?: of type|, expected| could not|$)", str(error.msg))
-    return bad_value(key, value.group(1) if value else "?", _wanted(key))
 
 
 def _groups() -> list[str]:
@@ -122,11 +131,11 @@ def _schema_key(key: str) -> str:
 
 
 def _wanted(key: str) -> str:
-    kind = dict(_walk(RunConfig)).get(re.sub(r"\[\d+\]", "[]", _schema_key(key)))
+    kind: Any = dict(_walk(RunConfig)).get(re.sub(r"\[\d+\]", "[]", _schema_key(key)))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(kind.__members__)}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(kind, "another type") if isinstance(kind, type) else "another type"
+    words: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(kind, "a list" if typing.get_origin(kind) is list else "another type")
 
 
 def valid_keys() -> list[str]:
@@ -143,10 +152,11 @@ def _walk(kind: type, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _walk_field(hint: Any, name: str) -> Iterator[tuple[str, Any]]:
     yield name, hint
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    inner = arguments[-1] if origin in (dict, list) else hint
-    inner_name = {dict: f"{name}.<{name.rpartition('.')[2]}>", list: f"{name}[]"}.get(origin or type, name)
+    inner, inner_name = hint, name
+    origin = typing.get_origin(hint)
     if origin in (dict, list):
+        inner = typing.get_args(hint)[-1]
+        inner_name = f"{name}[]" if origin is list else f"{name}.<{name.rpartition('.')[2]}>"
         yield inner_name, inner
     if dataclasses.is_dataclass(inner) and isinstance(inner, type):
         yield from _walk(inner, inner_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from qlora_dist.launch.base import Launcher, Machine, State, make_job
 from qlora_dist.launch.local import LocalLauncher, this_machine
 from qlora_dist.launch.screen import Screen, clock, plan_table
 from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed
-from qlora_dist.pipeline.nodes import make_plan
+from qlora_dist.pipeline.nodes import make_plan, unread_keys
 from qlora_dist.pipeline.plan import PLAN, Plan, drift, read_plan
 
 POLL_S = 0.2
@@ -30,6 +31,7 @@ def run(config: RunConfig, command: str, console: Console) -> int:
         QloraDistError: for what is wrong before any work.
     """
     plan = make_plan(config, command)
+    plan.notes += unread_keys(config, _set_keys(command))
     before = _previous(plan)
     cached = {node.name: plan.store.is_finished(node.id) for node in plan.nodes}
     moved = drift(plan, before)
@@ -119,6 +121,11 @@ def _say_drift(moved: dict[str, list[str]], console: Console) -> None:
         own = [reason for reason in reasons if not reason.startswith("through ")]
         if own:
             console.print(Text(f"changed since last time: {name}: {'; '.join(own)}", style="yellow"))
+
+
+def _set_keys(command: str) -> list[str]:
+    words = (word.lstrip("+") for word in shlex.split(command))
+    return [word.partition("=")[0] for word in words if "=" in word and not word.startswith("-")]
 
 
 def _say_notes(plan: Plan, console: Console) -> None:

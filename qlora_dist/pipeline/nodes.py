@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_dist.artifacts.leaves import folder_digest
@@ -117,6 +118,23 @@ def _add_scores(plan: Plan, config: RunConfig, name: str, needs: dict[str, Node]
     full = config.train.method is Method.full and "adapter" in needs
     told_ = told.ScoresConfig(model=config.model, evaluate=config.evaluate, name=name, full=full)
     return plan.add("scores", name, told_, inputs=needs)
+
+
+def unread_keys(config: RunConfig, keys: Iterable[str]) -> list[str]:
+    """Says for each key that was set, but that nothing in this run reads, why that is so."""
+    unread = {}
+    if config.model.path:
+        unread["model.tiny."] = "model.path is set"
+    else:
+        unread["model.revision"] = "the embedded base has no revision"
+    if config.train.method is Method.full:
+        unread |= {"lora.": "train.method=full", "merge.": "train.method=full"}
+    return [
+        f"{key} was set, but nothing reads it: {why}."
+        for key in keys
+        for start, why in unread.items()
+        if key.startswith(start)
+    ]
 
 
 def model_label(config: RunConfig) -> str:

@@ -1,0 +1,123 @@
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.launch.base import Job, Machine, State
+from qlora_dist.launch.local import LocalLauncher
+
+MACHINE = Machine(cores=2, memory_bytes=1000, gpus=0)
+
+
+def job(tmp_path: Path, name: str, code: str = "pass", after: tuple[str, ...] = (), **needs: int) -> Job:
+    return Job(name=name, argv=[sys.executable, "-c", code], log=tmp_path / f"{name}.log", after=list(after), **needs)
+
+
+def finish(launcher: LocalLauncher, seconds: float = 30) -> dict[str, State]:
+    end = time.monotonic() + seconds
+    while True:
+        states = dict(launcher.poll())
+        if all(state.has_ended for state in states.values()):
+            return states
+        assert time.monotonic() < end, states
+        time.sleep(0.02)
+
+
+def test_jobs_run_after_what_they_need_and_leave_logs(tmp_path: Path):
+    launcher = LocalLauncher(MACHINE)
+    mark = tmp_path / "mark"
+    launcher.submit(job(tmp_path, "a", f"import time; time.sleep(.3); open({str(mark)!r}, 'w'); print('hello')"))
+    launcher.submit(job(tmp_path, "b", f"open({str(mark)!r})", after=("a",)))
+    assert finish(launcher) == {"a": State.done, "b": State.done}
+    assert (tmp_path / "a.log").read_text() == "hello\n"
+
+
+def test_a_failing_job_fails_only_what_depends_on_it(tmp_path: Path):
+    launcher = LocalLauncher(MACHINE)
+    launcher.submit(job(tmp_path, "bad", "raise SystemExit(3)"))
+    launcher.submit(job(tmp_path, "child", after=("bad",)))
+    launcher.submit(job(tmp_path, "grandchild", after=("child",)))
+    launcher.submit(job(tmp_path, "other"))
+    states = finish(launcher)
+    assert states == {
+        "bad": State.failed,
+        "child": State.skipped,
+        "grandchild": State.skipped,
+        "other": State.done,
+    }
+
+
+def test_a_finished_dependency_need_not_be_submitted(tmp_path: Path):
+    launcher = LocalLauncher(MACHINE)
+    launcher.submit(job(tmp_path, "b", after=("cached before",)))
+    assert finish(launcher) == {"b": State.done}
+
+
+@pytest.mark.parametrize(("needs", "most"), [({"cores": 1}, 2), ({"cores": 2}, 1), ({"memory_bytes": 600}, 1)])
+def test_as_many_run_at_once_as_fit(tmp_path: Path, needs: dict[str, int], most: int):
+    launcher = LocalLauncher(MACHINE)
+    for name in "abcd":
+        launcher.submit(job(tmp_path, name, "import time; time.sleep(.3)", **needs))
+    seen = 0
+    while not all(state.has_ended for state in launcher.poll().values()):
+        seen = max(seen, sum(state is State.running for state in launcher.poll().values()))
+        time.sleep(0.02)
+    assert seen == most
+
+
+def test_max_parallel_limits_what_the_machine_would_allow(tmp_path: Path):
+    launcher = LocalLauncher(MACHINE, max_parallel=1)
+    for name in "ab":
+        launcher.submit(job(tmp_path, name, "import time; time.sleep(.2)"))
+    assert sorted(state.name for state in launcher.poll().values()) == ["running", "waiting"]
+    finish(launcher)
+
+
+def test_a_job_larger_than_the_machine_runs_alone(tmp_path: Path):
+    launcher = LocalLauncher(MACHINE)
+    launcher.submit(job(tmp_path, "large", memory_bytes=10**15, cores=64))
+    assert finish(launcher) == {"large": State.done}
+
+
+def test_cancel_ends_the_children_of_a_job_too(tmp_path: Path):
+    pid_file = tmp_path / "pid"
+    code = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(pid_file)!r}, "w").write(str(child.pid))
+time.sleep(60)
+"""
+    launcher = LocalLauncher(MACHINE)
+    launcher.submit(job(tmp_path, "a", code))
+    launcher.submit(job(tmp_path, "b", after=("a",)))
+    launcher.poll()
+    while not pid_file.exists() or not pid_file.read_text():
+        time.sleep(0.05)
+    launcher.cancel()
+    assert set(launcher.poll().values()) == {State.cancelled}
+    time.sleep(0.2)
+    assert not _alive(int(pid_file.read_text()))
+
+
+def test_cancel_kills_a_job_that_ignores_sigterm(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("qlora_dist.launch.local.GRACE_S", 0.3)
+    ready = tmp_path / "ready"
+    code = f"import signal, time; signal.signal(15, signal.SIG_IGN); open({str(ready)!r}, 'w'); time.sleep(60)"
+    launcher = LocalLauncher(MACHINE)
+    launcher.submit(job(tmp_path, "deaf", code))
+    launcher.poll()
+    while not ready.exists():
+        time.sleep(0.05)
+    launcher.cancel()
+    assert launcher.poll() == {"deaf": State.cancelled}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIG_DFL)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
