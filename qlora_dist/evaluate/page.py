@@ -1,0 +1,83 @@
+"""What a report is made of: sections of tables and figures, shown the same in HTML and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Figure = dict[str, Any]
+"""A plotly figure as plain JSON values: `data` and `layout`."""
+
+MAX_SHOWN = 600
+"""Characters of one cell; what is longer is cut with an ellipsis."""
+
+
+@dataclass(slots=True)
+class Table:
+    """A caption, column names, and rows of anything that `shown` can show."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+    def cells(self) -> list[list[str]]:
+        """Returns the rows as text."""
+        return [[shown(value) for value in row] for row in self.rows]
+
+    def is_number(self, column: int) -> bool:
+        """Says whether a column holds numbers alone, and so is set flush right."""
+        values = [row[column] for row in self.rows if row[column] is not None]
+        return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+
+@dataclass(slots=True)
+class Section:
+    """One heading of the report; a figure never stands without a table of the same numbers."""
+
+    title: str
+    text: str = ""
+    tables: list[Table] = field(default_factory=list)
+    figures: list[tuple[str, Figure]] = field(default_factory=list)
+    code: str = ""
+    folded: bool = False
+
+    @property
+    def anchor(self) -> str:
+        """The fragment that links to it."""
+        return "".join(c if c.isalnum() else "-" for c in self.title.lower())
+
+
+def shown(value: Any) -> str:
+    """Returns a value as a person wants to read it: four digits, thousands apart, lists joined."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return _cut(", ".join(f"{k} {shown(v)}" for k, v in value.items()))
+    if isinstance(value, (list, tuple)):
+        return _cut(", ".join(shown(v) for v in value))
+    return _cut(str(value))
+
+
+def is_scalar(value: Any) -> bool:
+    """Says whether a value fits a table's cell as it is."""
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def union_table(caption: str, first: str, named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Table]:
+    """Returns one table of several mappings (none if they hold no scalar): a row each, a column a key."""
+    columns = list(dict.fromkeys(k for _, values in named for k, v in values.items() if is_scalar(v)))
+    if not columns:
+        return []
+    rows = [[name, *(v if is_scalar(v := values.get(c)) else None for c in columns)] for name, values in named]
+    return [Table(caption, [first, *columns], rows)]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"

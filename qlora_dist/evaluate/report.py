@@ -1,0 +1,68 @@
+"""The report: one self-contained HTML page, the same as Markdown, and the score table of a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_dist.evaluate.page import shown
+from qlora_dist.evaluate.sections import METRIC_NAMES, report_sections
+from qlora_dist.evaluate.summary import number, view
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(summary: Mapping[str, Any], folder: Path) -> None:
+    """Writes `report.html`, which needs no network, and `report.md`, each aside and renamed."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=lambda name: "html" in (name or ""), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["cell"] = _markdown_cell
+    run = view(summary)
+    sections = report_sections(run)
+    figures = {name: figure for section in sections for name, figure in section.figures}
+    values = {"run": run, "sections": sections, "figures": figures}
+    html = environment.get_template("report.html.j2").render(plotly=get_plotlyjs() if figures else "", **values)
+    _write(folder / "report.html", html)
+    _write(folder / "report.md", environment.get_template("report.md.j2").render(**values))
+
+
+def score_table(summary: Mapping[str, Any]) -> Table:
+    """Returns the scores for a terminal: a row a model, a column for each held-out set and measure."""
+    from rich.table import Table
+
+    rows = view(summary).scores
+    columns = list(dict.fromkeys((r["metric"], r["domain"]) for r in rows))
+    value = {(r["model"], r["metric"], r["domain"]): r for r in rows}
+    table = Table(title="Scores on held-out text (lower is better)", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for metric, domain in columns:
+        table.add_column(f"{domain}\n{str(METRIC_NAMES.get(metric, metric)).split(' (')[0]}", justify="right")
+    for model in dict.fromkeys(r["model"] for r in rows):
+        table.add_row(str(model), *(_with_reach(value.get((model, m, d), {})) for m, d in columns))
+    return table
+
+
+def _with_reach(row: Mapping[str, Any]) -> str:
+    low, high = number(row.get("low")), number(row.get("high"))
+    if low is None or high is None:
+        return shown(row.get("value"))
+    return f"{row['value']:.3f} ±{(high - low) / 2:.3f}"
+
+
+def _markdown_cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,98 @@
+"""A run's summary as the report reads it: every part has its type, and a part that is absent or odd is empty.
+
+The report on a broken run is the one that is needed most, so nothing here raises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class NodeView:
+    """One node of the run: what it was, how it ended, and what its stage function found."""
+
+    stage: str = ""
+    label: str = ""
+    key: str = ""
+    state: str = ""
+    seconds: float | None = None
+    error: str = ""
+    log: str = ""
+    facts: Row = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class RunView:
+    """What a run left behind, ready to be shown."""
+
+    experiment: str = "run"
+    command: str = ""
+    use: str = ""
+    adapter: str = ""
+    state: str = "unknown"
+    notes: tuple[str, ...] = ()
+    config: Row = field(default_factory=dict)
+    nodes: tuple[NodeView, ...] = ()
+    scores: tuple[Row, ...] = ()
+    curves: dict[str, list[Row]] = field(default_factory=dict)
+    circumstances: Row = field(default_factory=dict)
+
+    def nodes_of(self, *stages: str) -> list[NodeView]:
+        """Returns the nodes of some stages that have something to tell."""
+        return [n for n in self.nodes if n.stage in stages and n.facts]
+
+
+def view(summary: Mapping[str, Any]) -> RunView:
+    """Reads a summary, leaving out what hasn't the form that `pipeline.close` writes."""
+    curves = {str(label): list(_rows(rows, "step")) for label, rows in _mapping(summary.get("curves")).items()}
+    about = ("commit", "time", "hardware", "package_versions")
+    return RunView(
+        experiment=_text(summary.get("experiment")) or "run",
+        command=_text(summary.get("command")),
+        use=_text(summary.get("use")),
+        adapter=_text(summary.get("adapter")),
+        state=_text(summary.get("state")) or "unknown",
+        notes=tuple(str(n) for n in _list(summary.get("notes"))),
+        config=_mapping(summary.get("config")),
+        nodes=tuple(_node(n) for n in _list(summary.get("nodes")) if isinstance(n, Mapping)),
+        scores=tuple(_rows(summary.get("scores"), "value", "model", "domain", "metric")),
+        curves={label: rows for label, rows in curves.items() if rows},
+        circumstances={k: summary[k] for k in about if summary.get(k)},
+    )
+
+
+def number(value: Any) -> float | None:
+    """Returns a finite number as it is, and None for all else: JSON knows no NaN, and a figure draws none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def _node(node: Mapping[str, Any]) -> NodeView:
+    texts = {k: _text(node.get(k)) for k in ("stage", "label", "key", "state", "error", "log")}
+    return NodeView(**texts, seconds=number(node.get("seconds")), facts=_mapping(node.get("facts")))
+
+
+def _rows(value: Any, measured: str, *named: str) -> Iterator[Row]:
+    for row in _list(value):
+        if isinstance(row, Mapping) and number(row.get(measured)) is not None:
+            yield {**row, **{k: _text(row.get(k)) for k in named}}
+
+
+def _mapping(value: Any) -> Row:
+    return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "" if value is None else str(value)
