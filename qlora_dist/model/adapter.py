@@ -62,9 +62,7 @@ def check_adapter(folder: Path, base: Base) -> Provenance:
     if provenance.base_digest != base.digest:
         theirs = f"{provenance.base_path} (digest {provenance.base_digest[:12]})"
         ours = f"{base.path} (digest {base.digest[:12]})"
-        raise ModelError(
-            f"{folder}: this adapter was trained on {theirs}, not on {ours}. Use the base it was trained on."
-        )
+        raise ModelError(f"{folder}: this adapter was trained on {theirs}, not on {ours}. Give it its own base.")
     return provenance
 
 

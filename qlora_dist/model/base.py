@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -100,9 +100,7 @@ def _snapshot(path: str, revision: str) -> Path:
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         repair = "Check the id, the revision, HF_TOKEN for a gated model, and the network; or set a local folder."
-        raise ModelError(
-            f"model.path={path}: can't be fetched from the hub at {revision} ({first}). {repair}"
-        ) from None
+        raise ModelError(f"model.path={path}: the hub gives no revision {revision} ({first}). {repair}") from None
 
 
 def describe_base(folder: Path, path: str, revision: str) -> Base:
@@ -133,18 +131,24 @@ def _shape(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
 
     kind = fields.get("model_type", "")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        wanted = "a causal language model that the installed transformers knows"
-        raise ModelError(
-            f"{folder / 'config.json'}: model_type={kind!r}: expected {wanted} (llama, qwen3, mistral ...)."
-        )
+        wanted = "a causal language model that the installed transformers knows (llama, qwen3, mistral ...)"
+        raise ModelError(f"{folder / 'config.json'}: model_type={kind!r}: expected {wanted}.")
     config = AutoConfig.from_pretrained(folder)
     return {
         "architecture": (getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]])[0],
-        "vocab_size": int(config.vocab_size),
+        "vocab_size": int(config.get_text_config().vocab_size),
         "num_layers": int(config.num_hidden_layers),
         "hidden_size": int(config.hidden_size),
         "max_position_embeddings": int(getattr(config, "max_position_embeddings", 0)),
     }
+
+
+def no_progress_bars() -> None:
+    """Turns off the bars and advice that transformers and bitsandbytes write while they load and save."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_model(base: Base, model: ModelConfig, *, dtype: torch.dtype | None = None, quantized: bool = True) -> Any:
@@ -162,7 +166,7 @@ def load_model(base: Base, model: ModelConfig, *, dtype: torch.dtype | None = No
     from qlora_dist.model.quantize import bits_and_bytes, keep_cpu_weights
     from qlora_dist.runtime import device
 
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    no_progress_bars()
     four_bit = quantized and model.quantization is Quantization.nf4
     loaded = AutoModelForCausalLM.from_pretrained(
         base.folder(),

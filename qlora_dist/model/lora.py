@@ -36,9 +36,7 @@ def attach_lora(model: Any, lora: LoraConfig) -> Any:
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Linear" in type(module).__name__}
     for name in lora.target_modules:
         if name not in linear:
-            raise bad_value(
-                "lora.target_modules", name, "the name of a linear layer of the base", nearest(name, linear)
-            )
+            raise bad_value("lora.target_modules", name, "a linear layer of the base", nearest(name, linear))
     return peft.get_peft_model(model, peft_config(lora))
 
 

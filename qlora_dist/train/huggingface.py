@@ -1,0 +1,154 @@
+"""`strategy=single`: what a Hugging Face user would write, and nothing more.
+
+BitsAndBytesConfig, LoraConfig, get_peft_model and transformers.Trainer, on packed rows.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.config.model import Dtype
+from qlora_dist.config.stages import AdapterConfig
+from qlora_dist.config.train import Method, TrainConfig
+from qlora_dist.data.rows import Rows
+from qlora_dist.errors import TrainError, bad_value
+from qlora_dist.model.base import Base, load_model
+from qlora_dist.model.lora import attach_lora
+from qlora_dist.runtime import Progress, device, log_metrics, set_seed
+from qlora_dist.train.batches import tensors
+from qlora_dist.train.budget import Budget
+
+LOGGED: tuple[str, ...] = ("loss", "learning_rate", "grad_norm")
+
+
+def train_with_trainer(config: AdapterConfig, base: Base, rows: Rows, budget: Budget) -> Any:
+    """Returns the trained model: a PEFT model, or the whole base for `train.method=full`.
+
+    The same config, rows and seed give the same weights to the bit on one CPU with one number of threads.
+
+    Raises:
+        TrainError: at the first step whose loss or gradient is not finite.
+    """
+    import torch
+    from transformers import Trainer
+    from transformers.trainer_callback import PrinterCallback
+
+    set_seed(config.seed)  # before the factors are drawn
+    if config.train.method is Method.full:
+        model = load_model(base, config.model, dtype=torch.float32, quantized=False)
+    else:
+        model = attach_lora(load_model(base, config.model), config.lora)
+    with tempfile.TemporaryDirectory() as unused:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(config, budget, Path(unused)),
+            train_dataset=OrderedRows(rows, budget),
+            optimizers=optimizer_and_schedule(model, config.train, budget),
+            callbacks=[metrics_callback(config, budget)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return model
+
+
+def training_arguments(config: AdapterConfig, budget: Budget, folder: Path) -> Any:
+    """Returns the recipe in the Trainer's words; the rows come in their order already, so it must not shuffle."""
+    from transformers import TrainingArguments
+
+    train, dtype = config.train, config.model.compute_dtype
+    if dtype is Dtype.float16 and device().type == "cpu":
+        raise bad_value("model.compute_dtype", "float16", "bfloat16 or float32 on a CPU")
+    batch_rows = train.micro_batch_tokens // train.row_tokens
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_rows,
+        gradient_accumulation_steps=budget.rows_per_step // batch_rows,
+        max_steps=budget.num_steps,
+        train_sampling_strategy="sequential",
+        max_grad_norm=train.max_grad_norm,
+        bf16=dtype is Dtype.bfloat16,
+        fp16=dtype is Dtype.float16,
+        activation_checkpointing=train.activation_checkpointing,
+        use_cpu=device().type == "cpu",
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device().type == "cuda",
+    )
+
+
+def optimizer_and_schedule(model: Any, train: TrainConfig, budget: Budget) -> tuple[Any, Any]:
+    """Returns AdamW over what is trained, and the recipe's schedule: transformers' own wastes step 1 at a rate of 0."""
+    from torch.optim import AdamW
+    from torch.optim.lr_scheduler import LambdaLR
+
+    optimizer = AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.weight_decay,
+    )
+    return optimizer, LambdaLR(optimizer, lambda step: budget.rate_share(step, train.schedule))
+
+
+class OrderedRows:
+    """The whole training as one map-style dataset: item i is the i-th row that is trained on."""
+
+    def __init__(self, rows: Rows, budget: Budget) -> None:
+        import numpy as np
+
+        self._rows = rows
+        self._order = np.concatenate([budget.rows_of_step(step) for step in range(budget.num_steps)])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: value[0] for name, value in tensors(self._rows, self._order[[index]]).items()}
+
+
+def metrics_callback(config: AdapterConfig, budget: Budget) -> Any:
+    """Returns a callback that sends the Trainer's logs to this project's sinks, and stops at a loss of no value."""
+    from transformers import TrainerCallback
+
+    class Metrics(TrainerCallback):
+        progress = Progress(budget.num_steps)
+        started = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.monotonic()
+            self.progress.update(0)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "loss" not in logs:
+                return
+            step = state.global_step
+            values = {name: float(logs[name]) for name in LOGGED if name in logs}
+            check_finite(step, values)
+            elapsed = max(time.monotonic() - self.started, 1e-9)
+            values["tokens_per_s"] = step * config.train.tokens_per_step / elapsed
+            self.progress.update(step, **values)
+            if step % config.train.log_every_steps == 0 or step == budget.num_steps:
+                log_metrics(step, values)
+
+    return Metrics()
+
+
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Refuses to go on from a step whose loss or gradient norm is infinite or no number.
+
+    Raises:
+        TrainError: naming the step and the value.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values.get(name, 0.0)):
+            repair = "Lower train.learning_rate, raise train.warmup_share, or set model.compute_dtype=bfloat16"
+            raise TrainError(f"Step {step}: {name} is {values[name]}, so the weights are lost. {repair}.")
