@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,17 @@ def write_json(path: Path, value: object) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+def clear(folder: Path) -> None:
+    """Empties a folder of what a killed life left there; hidden files (who owns it) stay."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from qlora_dist.config.model import TinyConfig
 from qlora_dist.config.stages import TinyStageConfig
 from qlora_dist.data.rows import Rows, row_order
 from qlora_dist.errors import DataError, TrainError
-from qlora_dist.runtime import Facts, Progress, log_metrics, set_seed
+from qlora_dist.runtime import Facts, JsonlSink, Progress, log_metrics, set_seed, sinks
 
 if TYPE_CHECKING:
     import numpy
@@ -47,7 +47,8 @@ def make_tiny(config: TinyStageConfig, inputs: Mapping[str, Path], out: Path) ->
         raise DataError(f"{inputs['rows']} holds no row: the general corpus is too small to pre-train on.")
     model = _new_model(LlamaConfig.from_pretrained(inputs["tokenizer"]))
     started = time.monotonic()
-    losses = list(_train(model, rows, tiny))
+    with sinks(JsonlSink(out / "metrics.jsonl")):
+        losses = list(_train(model, rows, tiny))
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(inputs["tokenizer"]).save_pretrained(out)
     seconds = time.monotonic() - started

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlora_dist.config.model import TinyConfig
 from qlora_dist.config.stages import TokenizerConfig
-from qlora_dist.data.records import read_texts
+from qlora_dist.data.record import read_records
 from qlora_dist.errors import DataError, ModelError
 from qlora_dist.runtime import Facts, write_json
 
@@ -84,13 +84,13 @@ def _tokenizer_config(model_max_length: int) -> dict[str, object]:
 
 def _training_texts(tiny: TinyConfig, inputs: Mapping[str, Path]) -> Iterator[str]:
     """Yields the general training text whole, and the first `domain_sample_bytes` of each domain's."""
-    yield from read_texts(inputs["splits-general"] / "train.jsonl")
+    yield from (record.whole() for record in read_records(inputs["splits-general"] / "train.jsonl"))
     for name in sorted(inputs):
         if name == "splits-general":
             continue
         left = tiny.domain_sample_bytes
-        for text in read_texts(inputs[name] / "train.jsonl"):
+        for record in read_records(inputs[name] / "train.jsonl"):
             if left <= 0:
                 break
-            yield text
-            left -= len(text.encode())
+            yield record.whole()
+            left -= len(record.whole().encode())

@@ -31,7 +31,13 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
     domains = {GENERAL: config.general, **config.domain}
     splits = {name: _add_splits(plan, name, domain) for name, domain in domains.items()}
     tokenizer = _add_tokenizer(plan, config, splits)
-    held_out = {f"rows-{name}": _add_rows(plan, config, tokenizer, name, node) for name, node in splits.items()}
+    held_out = {}
+    for name, node in splits.items():
+        told_ = told.RowsConfig(
+            split=config.evaluate.split, row_tokens=config.train.row_tokens, render=domains[name].render
+        )
+        inputs = {"tokenizer": tokenizer, "splits": node}
+        held_out[f"rows-{name}"] = plan.add("rows", f"{name}-{told_.split}", told_, inputs=inputs)
     base = _add_base(plan, config, tokenizer, splits[GENERAL])
     adapters = _add_adapters(plan, config, tokenizer, base, splits)
     models = {"base": None, **adapters}
@@ -62,18 +68,12 @@ def _add_tokenizer(plan: Plan, config: RunConfig, splits: dict[str, Node]) -> No
     return plan.add("tokenizer", "tiny", told.TokenizerConfig(tiny=model.tiny), inputs=inputs)
 
 
-def _add_rows(plan: Plan, config: RunConfig, tokenizer: Node, domain: str, splits: Node) -> Node:
-    split = config.evaluate.split
-    told_ = told.RowsConfig(split=split, row_tokens=config.train.row_tokens)
-    return plan.add("rows", f"{domain}-{split}", told_, inputs={"tokenizer": tokenizer, "splits": splits})
-
-
 def _add_base(plan: Plan, config: RunConfig, tokenizer: Node, general: Node) -> Node:
     told_ = told.BaseConfig(model=config.model)
     if config.model.path:
         return plan.add("base", model_label(config), told_, leaves=_base_leaves(plan, config))
     tiny = config.model.tiny
-    rows_config = told.RowsConfig(split="train", row_tokens=tiny.context_tokens)
+    rows_config = told.RowsConfig(split="train", row_tokens=tiny.context_tokens, render=config.general.render)
     rows = plan.add("rows", "general-train", rows_config, inputs={"tokenizer": tokenizer, "splits": general})
     made = plan.add("tiny", "tiny", told.TinyStageConfig(tiny=tiny), inputs={"tokenizer": tokenizer, "rows": rows})
     return plan.add("base", "tiny", told_, inputs={"tiny": made})
@@ -86,12 +86,14 @@ def _add_adapters(
     for name, domain in config.domain.items():
         shards_config = told.ShardsConfig(domain=name, num_shards=domain.num_shards, shard_mode=domain.shard_mode)
         shards = plan.add("shards", name, shards_config, inputs={"splits": splits[name]})
-        rows_config = told.RowsConfig(split="validation", row_tokens=config.train.row_tokens)
+        rows_config = told.RowsConfig(split="validation", row_tokens=config.train.row_tokens, render=domain.render)
         inputs = {"tokenizer": tokenizer, "splits": splits[name]}
         validation = plan.add("rows", f"{name}-validation", rows_config, inputs=inputs)
         for shard in range(domain.num_shards):
             label = f"{name}-{shard}"
-            rows_config = told.RowsConfig(split="train", shard=shard, row_tokens=config.train.row_tokens)
+            rows_config = told.RowsConfig(
+                split="train", shard=shard, row_tokens=config.train.row_tokens, render=domain.render
+            )
             rows = plan.add("rows", label, rows_config, inputs={"tokenizer": tokenizer, "shards": shards})
             needs = {"base": base, "tokenizer": tokenizer, "rows": rows, "validation": validation}
             adapters[label] = _add_adapter(plan, config, label, needs)

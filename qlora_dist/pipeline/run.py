@@ -24,7 +24,7 @@ from qlora_dist.config.evaluate import TrackingConfig, TrackingName
 from qlora_dist.errors import ArtifactError, QloraDistError
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
-from qlora_dist.runtime import Facts, JsonlSink, log, rank, sinks, write_json
+from qlora_dist.runtime import Facts, clear, log, rank, sinks, write_json
 
 AGAIN = 75
 """The exit code that means "stopped on request with a checkpoint: run me again"."""
@@ -57,7 +57,6 @@ def _work(plan: Plan, node: Node, out: Path) -> Facts:
     stage = STAGES[node.stage]
     with ExitStack() as stack:
         if stage.is_tracked:
-            stack.enter_context(sinks(JsonlSink(out / "metrics.jsonl")))
             _track(plan, node, stack)
         return stage.load()(node.told(), plan.store.inputs(node.inputs), out)
 
@@ -101,19 +100,6 @@ def _ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
             told = True
             time.sleep(poll_s)
     yield False
-
-
-def clear(folder: Path) -> None:
-    """Empties a `.partial` folder of what a killed life left there; the owner's hidden files stay."""
-    import shutil
-
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _manifest(plan: Plan, node: Node, facts: Facts, seconds: float) -> Manifest:
