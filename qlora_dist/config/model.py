@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from qlora_dist.config.fields import execution, setting
 from qlora_dist.errors import bad_value
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""The form of a Hugging Face hub id: `name` or `owner/name`."""
 
 
 class Quantization(Enum):
@@ -61,3 +66,13 @@ class ModelConfig:
     compute_dtype: Dtype = setting(Dtype.bfloat16)
     attention: str = execution("sdpa")
     tiny: TinyConfig = execution(TinyConfig)
+
+    def check(self, key: str) -> None:
+        """Refuses a base that would be another one tomorrow: a hub id without a full commit sha."""
+        if not self.path or Path(self.path).expanduser().is_dir() or re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            return
+        if HUB_ID.fullmatch(self.path):
+            wanted = f"the full commit sha of {self.path}, 40 hexadecimal digits, since no such folder is here"
+            repair = f"Pin the one you mean from https://huggingface.co/{self.path}/commits/main."
+            raise bad_value(f"{key}.revision", self.revision, wanted, repair)
+        raise bad_value(f"{key}.path", self.path, "a folder that exists, or a hub id (owner/name)")

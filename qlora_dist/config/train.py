@@ -76,6 +76,11 @@ class StrategyConfig:
     name: StrategyName = execution(StrategyName.single)
     world_size: int = execution(1, at_least=1)
 
+    def check(self, key: str) -> None:
+        """Refuses several processes for the strategy of one."""
+        if self.name is StrategyName.single and self.world_size > 1:
+            raise bad_value(f"{key}.world_size", self.world_size, f"1 with {key}.name=single")
+
 
 def check_step(train: TrainConfig, world_size: int) -> None:
     """Refuses a step that does not divide into whole micro-batches over all ranks.

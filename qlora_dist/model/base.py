@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_dist.config.model import ModelConfig, Quantization
 from qlora_dist.config.stages import BaseConfig
-from qlora_dist.errors import ModelError, bad_value
+from qlora_dist.errors import ModelError
 from qlora_dist.model.weights import find_weights, folder_digest, read_json
 from qlora_dist.runtime import Facts, log, write_json
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 BASE_FILE = "base.json"
-FULL_SHA = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +65,14 @@ def model_folder(path: str, revision: str) -> Path:
     """Returns the local folder of a model: `path` itself, or the snapshot of a hub id at a pinned revision.
 
     Raises:
-        ConfigError: for a hub id without a full commit sha.
-        ModelError: for a folder that is absent, and a hub id that can't be fetched.
+        ConfigError: for a folder that is absent, and a hub id without a full commit sha.
+        ModelError: for a hub id that can't be fetched.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
-    if not is_hub_id(path):
-        raise ModelError(f"model.path={path}: no such folder. Set it to a Hugging Face model folder or a hub id.")
-    if not FULL_SHA.fullmatch(revision):
-        wanted = "the full commit sha of a hub id, 40 hexadecimal digits"
-        repair = f"Pin the one you mean: it stands on https://huggingface.co/{path}/commits/main."
-        raise bad_value("model.revision", revision, wanted, repair)
+    ModelConfig(path=path, revision=revision).check("model")
     return _snapshot(path, revision)
-
-
-def is_hub_id(path: str) -> bool:
-    """Says whether `path` has the form `name` or `owner/name`, as ids of the Hugging Face hub have."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
 
 
 def _snapshot(path: str, revision: str) -> Path:
