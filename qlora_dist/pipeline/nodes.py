@@ -12,7 +12,7 @@ from qlora_dist.config.fields import everything
 from qlora_dist.config.run import RunConfig
 from qlora_dist.config.train import Method
 from qlora_dist.data.sources import leaf_digest, plan_parts
-from qlora_dist.errors import bad_value
+from qlora_dist.errors import QloraDistError
 from qlora_dist.pipeline.plan import Node, Plan
 
 GENERAL = "general"
@@ -51,7 +51,11 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
 
 def _add_splits(plan: Plan, name: str, domain: DomainConfig) -> Node:
     parts = {}
-    for part, files in enumerate(plan_parts(domain)):
+    try:
+        pieces = plan_parts(domain)
+    except QloraDistError as error:
+        raise type(error)(f"domain.{name}: {error}") from error
+    for part, files in enumerate(pieces):
         config = told.RecordsConfig(domain=name, source=domain, files=files, part=part)
         leaves = {"files": leaf_digest(files)}
         parts[f"records-{part}"] = plan.add("records", f"{name}-{part}", config, leaves=leaves)
@@ -145,18 +149,8 @@ def model_label(config: RunConfig) -> str:
 
 
 def _base_leaves(plan: Plan, config: RunConfig) -> dict[str, str]:
-    """Names a base by the bytes of its folder, or by its hub id and pinned revision.
-
-    Raises:
-        ConfigError: for a folder that isn't there, or a hub id without a revision.
-    """
-    path, revision = config.model.path, config.model.revision
-    folder = Path(path).expanduser()
+    """Names a base by the bytes of its folder, or by its hub id and pinned revision."""
+    folder = Path(config.model.path).expanduser()
     if folder.is_dir():
         return {"base": folder_digest(folder, plan.store.root)}
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        raise bad_value("model.path", path, "a folder that is there, or a hub id (owner/name)")
-    if not revision:
-        repair = f"Set model.revision to the commit of {path} that you mean, so that every run means the same."
-        raise bad_value("model.revision", revision, "the commit sha of a hub model", repair)
-    return {"base": f"{path}@{revision}"}
+    return {"base": f"{config.model.path}@{config.model.revision}"}

@@ -44,8 +44,15 @@ def test_every_shipped_experiment_composes(name: str):
 def test_every_option_of_every_group_composes(group: str):
     options = sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
     assert options
+    pinned = [f"model.revision={'0' * 40}"] if group == "model" else []
     for option in options:
-        compose_run([f"{group}={option}"])
+        compose_run([f"{group}={option}", *pinned])
+
+
+def test_a_hub_model_must_be_pinned():
+    assert error_of("model=qwen3_8b").startswith(
+        "model.revision='': expected the full commit sha of Qwen/Qwen3-8B-Base"
+    )
 
 
 def test_an_unknown_key_is_named_with_the_nearest_one():
