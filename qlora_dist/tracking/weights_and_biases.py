@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 
 FLUSH_INTERVAL_S = 2.0
 """A killed run loses at most this much."""
+
+INIT_TIMEOUT_S = 30.0
+"""How long a server may take to answer before the run is logged offline."""
 
 log = logging.getLogger("qlora_dist")
 
@@ -51,13 +54,15 @@ def open_run(run: Run, *, project: str, folder: Path, online: bool) -> Iterator[
 
     Without `WANDB_API_KEY`, or when the server can't be reached, the run is kept offline for `wandb sync`.
     """
+    os.environ.setdefault("WANDB_SILENT", "true")  # the log-in speaks before any run's settings are read
     opened = _start(run, project, folder, online=online)
+    code = 1
     try:
         yield WandbSink(opened)
-    except BaseException:
-        opened.finish(exit_code=1)
-        raise
-    opened.finish(exit_code=0)
+        code = 0
+    finally:
+        opened.finish(exit_code=code)
+        wandb.teardown()  # ends W&B's own process, which else goes on holding the run's id
 
 
 def _start(run: Run, project: str, folder: Path, *, online: bool) -> Any:
@@ -75,7 +80,7 @@ def _start(run: Run, project: str, folder: Path, *, online: bool) -> Any:
     return _init(run, project, folder, "offline")
 
 
-def _init(run: Run, project: str, folder: Path, mode: str) -> Any:
+def _init(run: Run, project: str, folder: Path, mode: Literal["online", "offline"]) -> Any:
     settings = wandb.Settings(
         console="off",
         silent=True,
@@ -85,7 +90,7 @@ def _init(run: Run, project: str, folder: Path, mode: str) -> Any:
         disable_job_creation=True,
         x_save_requirements=False,
         x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
-        init_timeout=30,
+        init_timeout=INIT_TIMEOUT_S,
     )
     return wandb.init(
         project=project,

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_dist.config.evaluate import TrackingConfig, TrackingName
+from qlora_dist.tracking import open_tracker
+
+
+def run_of(folder: Path, name: TrackingName = TrackingName.offline) -> Any:
+    return open_tracker(
+        TrackingConfig(name=name),
+        name="adapter-legal-0",
+        run_id="adapter-legal-0-abc123",
+        group="legal",
+        job_type="adapter",
+        recipe={"lora": {"lora_rank": 8}},
+        folder=folder,
+    )
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def payloads(path: Path) -> Iterator[bytes]:
+    """Reads a W&B transaction log: LevelDB's log format (blocks of 32 KiB, records in parts) after 7 bytes of header.
+
+    A torn end, as a kill leaves it, ends the reading.
+    """
+    data, at, parts = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        if kind == 0 or at + 7 + length > len(data):
+            return
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
+
+
+def records(path: Path) -> list[Any]:
+    from wandb.proto import wandb_internal_pb2
+
+    return [wandb_internal_pb2.Record.FromString(data) for data in payloads(path)]
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    rows = [r.history for r in records(path) if r.WhichOneof("record_type") == "history"]
+    return [{(i.key or i.nested_key[0]): json.loads(i.value_json) for i in row.item} for row in rows]
+
+
+def test_offline_run_holds_id_group_type_recipe_and_every_step(tmp_path: Path) -> None:
+    with run_of(tmp_path) as sink:
+        for step in (1, 2, 3):
+            sink.log(step, {"loss": 4.0 / step})
+    (path,) = segments(tmp_path)
+    run = next(r.run for r in records(path) if r.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.run_group, run.job_type) == ("adapter-legal-0-abc123", "legal", "adapter")
+    assert run.display_name == "adapter-legal-0"
+    assert {u.key: json.loads(u.value_json) for u in run.config.update}["lora"] == {"lora_rank": 8}
+    assert [(h["step"], h["loss"]) for h in history(path)] == [(1, 4.0), (2, 2.0), (3, 4.0 / 3)]
+
+
+def test_killed_run_keeps_what_it_logged_and_a_requeue_goes_on_under_the_same_id(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path; from test_tracking import run_of\n"
+        "with run_of(Path(sys.argv[1])) as sink:\n"
+        "    for step in range(1, 6): sink.log(step, {'loss': 1.0})\n"
+        "    print('logged', flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        assert child.stdout
+        assert child.stdout.readline() == "logged\n"
+        deadline = time.monotonic() + 30
+        while not (segments(tmp_path) and len(history(segments(tmp_path)[0])) == 5) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(child.pid, signal.SIGKILL)
+    with run_of(tmp_path) as sink:
+        sink.log(6, {"loss": 0.5})
+    steps = [[h["step"] for h in history(path)] for path in segments(tmp_path)]
+    assert sorted(steps) == [[1, 2, 3, 4, 5], [6]]
+    ids = {r.run.run_id for path in segments(tmp_path) for r in records(path) if r.WhichOneof("record_type") == "run"}
+    assert ids == {"adapter-legal-0-abc123"}
+
+
+def test_run_that_fails_is_marked_failed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="boom"), run_of(tmp_path) as sink:
+        sink.log(1, {"loss": 1.0})
+        raise ValueError("boom")
+    ends = [r.exit.exit_code for r in records(segments(tmp_path)[0]) if r.WhichOneof("record_type") == "exit"]
+    assert ends == [1]
+
+
+def test_tracker_says_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with run_of(tmp_path) as sink:
+        sink.log(1, {"loss": 1.0})
+    assert capfd.readouterr() == ("", "")
+
+
+def test_none_and_other_ranks_open_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with run_of(tmp_path, TrackingName.none) as sink:
+        assert sink is None
+    monkeypatch.setenv("RANK", "1")
+    with run_of(tmp_path) as sink:
+        assert sink is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_without_a_key_is_logged_offline_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with run_of(tmp_path, TrackingName.wandb) as sink:
+        sink.log(1, {"loss": 1.0})
+    assert "WANDB_API_KEY isn't set" in caplog.text
+    assert len(segments(tmp_path)) == 1
+
+
+def test_unreachable_server_does_not_stop_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("qlora_dist.tracking.weights_and_biases.INIT_TIMEOUT_S", 2.0)
+    with run_of(tmp_path, TrackingName.wandb) as sink:
+        sink.log(1, {"loss": 1.0})
+    assert "can't be reached" in caplog.text
+    assert [h["step"] for h in history(segments(tmp_path)[0])] == [1]
+
+
+def test_config_and_planning_do_not_import_wandb() -> None:
+    code = "import sys, qlora_dist.tracking; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
