@@ -1,0 +1,89 @@
+"""One record: what its kind is, what it says, where it came from; and one line of JSON for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Record:
+    """One checked example: `text` for running text, `messages` for all that answers something.
+
+    `rejected` is the worse answer of a preference pair, whose better one ends `messages`.
+    """
+
+    kind: str
+    text: str = ""
+    messages: list[Message] = field(default_factory=list)
+    rejected: str = ""
+    id: str = ""
+    cluster: str = ""
+    file: str = ""
+    line: int = 0
+    source: int = 0
+    weight: float = 1.0
+    licence: str = ""
+
+    def parts(self) -> list[str]:
+        """Returns its prompts and answers: the pieces of text that held-out sets are compared by."""
+        return [self.text] if self.text else [m["content"] for m in self.messages]
+
+    def whole(self) -> str:
+        """Returns all that it says, as one text."""
+        return "\n".join(self.parts())
+
+    def content_id(self) -> str:
+        """Returns 64 bits of the SHA-256 of what it says: equal records have equal ids, wherever they lie."""
+        said = json.dumps([self.text, [[m["role"], m["content"]] for m in self.messages], self.rejected])
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    def to_line(self) -> str:
+        """Returns it as one line of JSON, empty fields left out."""
+        kept = {name: value for name, value in asdict(self).items() if value not in ("", [])}
+        return json.dumps(kept, ensure_ascii=False) + "\n"
+
+
+@dataclass(kw_only=True, slots=True)
+class Reject:
+    """One example that is left out: where it stood, and why.
+
+    `broken` ones can't be used and count towards `max_reject_share`; the others were dropped by wish.
+    """
+
+    file: str
+    line: int
+    reason: str
+    detail: str = ""
+    broken: bool = True
+
+    def to_line(self) -> str:
+        """Returns it as one line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+def parse_record(line: str | bytes) -> Record:
+    """Reads a record from its line of JSON."""
+    values: dict[str, Any] = json.loads(line)
+    return Record(**values)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yields the records of a file one by one."""
+    with path.open("rb") as file:
+        for line in file:
+            yield parse_record(line)
