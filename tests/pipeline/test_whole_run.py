@@ -1,0 +1,202 @@
+"""The main job, end to end, as one command: what it leaves, and that it does nothing twice."""
+
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def test_one_command_ends_well_and_prints_scores_paths_and_the_command_to_use_it(finished):
+    _, code, output = finished
+    assert code == 0, output
+    for expected in ("bits per byte", "report.html", "summary.json", "AutoPeftModelForCausalLM"):
+        assert expected in output.replace("bits_per_byte", "bits per byte"), output
+
+
+def test_the_summary_holds_every_node_and_a_score_for_every_model_domain_and_measure(finished):
+    workplace, _, _ = finished
+    summary = workplace.summary
+    assert summary["state"] == "done"
+    assert set(workplace.states().values()) == {"done"}
+    assert all(node["key"] and node["seconds"] > 0 for node in summary["nodes"])
+    found = {(row["model"], row["domain"], row["metric"]) for row in summary["scores"]}
+    models, metrics = ("base", "files-0", "files-1", "merged"), ("bits_per_byte", "completion_loss")
+    wanted = {(m, d, k) for m in models for d in ("files", "general") for k in metrics}
+    assert wanted <= found
+    assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in summary["scores"])
+
+
+def test_the_shipped_adapter_loads_in_peft_and_moves_the_logits(finished):
+    workplace, _, _ = finished
+    import torch
+    from peft import AutoPeftModelForCausalLM
+
+    folder = workplace.run_folder / "adapter"
+    assert Path(workplace.summary["adapter"]) == folder.resolve()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        adapted = model(tokens).logits
+        with model.disable_adapter():
+            base = model(tokens).logits
+    assert (adapted - base).abs().max() > 1e-4
+
+
+def test_the_command_that_the_run_prints_works(finished):
+    workplace, _, _ = finished
+    done = subprocess.run(
+        workplace.summary["use"].replace("python", sys.executable, 1),
+        shell=True,
+        cwd=workplace.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_report_is_one_file_that_names_the_command(finished):
+    workplace, _, _ = finished
+    page = (workplace.run_folder / "report.html").read_text()
+    assert "qlora_dist.launch" in page
+    assert 'src="http' not in page
+    assert '<link rel="stylesheet"' not in page
+
+
+def test_training_really_lowered_the_loss(finished):
+    workplace, _, _ = finished
+    for label, curve in workplace.summary["curves"].items():
+        assert curve[-1]["loss"] < curve[0]["loss"], label
+
+
+def test_every_artifact_verifies_and_nothing_half_made_is_left(finished):
+    from qlora_dist.artifacts.store import Store
+
+    workplace, _, _ = finished
+    root = workplace.folder / "runs" / "artifacts"
+    assert not list(root.glob("*/*.partial"))
+    folders = [path.parent for path in root.glob("*/*/manifest.json")]
+    assert len(folders) == len(workplace.summary["nodes"])
+    for folder in folders:
+        Store(root).verify(folder.relative_to(root).as_posix())
+        assert not list(folder.rglob(".*"))
+
+
+def test_the_same_command_again_does_nothing_and_says_so(finished):
+    workplace, _, _ = finished
+    before = digest(workplace.run_folder / "summary.json")
+    code, output = workplace.launch()
+    assert code == 0
+    assert "Nothing to do" in output
+    assert digest(workplace.run_folder / "summary.json") == before
+
+
+def test_plan_only_lists_nodes_with_key_and_state_and_what_changed(finished):
+    workplace, _, _ = finished
+    code, output = workplace.launch("plan_only=true", "lora.lora_rank=4", COLUMNS="200")
+    assert code == 0
+    lines = {line.split()[0]: line for line in output.splitlines() if "/" in line.split(" ")[0]}
+    assert "cached" in lines["rows/files-0"]
+    assert "to run" in lines["adapter/files-0"]
+    assert "lora.lora_rank: 16 -> 4" in lines["adapter/files-0"]
+    assert all(node["key"] in output for node in workplace.summary["nodes"] if node["stage"] == "rows")
+
+
+def test_the_same_seed_in_another_folder_gives_the_same_adapter_bytes(finished, workplace):
+    first, _, _ = finished
+    code, output = workplace.launch()
+    assert code == 0, output
+    for pattern in ("adapter/files-0-*/adapter_model.safetensors", "tiny/tiny-*/model.safetensors"):
+        one, other = (only(w.folder / "runs" / "artifacts", pattern) for w in (first, workplace))
+        assert digest(one) == digest(other), pattern
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_children_and_the_next_run_goes_on(workplace):
+    process = workplace.start(WANDB_MODE="offline")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "running tiny/tiny" in line:
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, "".join(lines) + rest
+    assert "the same command goes on" in rest
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(workplace.folder) not in listed
+    code, output = workplace.launch()
+    assert code == 0, output
+    assert "cached" in workplace.states().values()
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_takes_its_nodes_along_and_the_next_run_goes_on(workplace):
+    process = workplace.start()
+    for line in process.stdout:
+        if "running tiny/tiny" in line:
+            break
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        if str(workplace.folder) not in listed:
+            break
+        time.sleep(0.1)
+    assert str(workplace.folder) not in listed
+    code, output = workplace.launch()
+    assert code == 0, output
+
+
+@pytest.mark.slow
+def test_a_second_launch_at_the_same_time_is_refused_by_name(workplace):
+    process = workplace.start()
+    for line in process.stdout:
+        if "running" in line:
+            break
+    code, output = workplace.launch()
+    assert code == 1
+    assert f"is being run by process {process.pid}" in output
+    assert "name=<other>" in output
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_multirun_shares_what_its_points_have_in_common(workplace):
+    code, output = workplace.launch("-m", "lora.lora_rank=2,4")
+    assert code == 0, output
+    root = workplace.folder / "runs"
+    assert len(list((root / "artifacts" / "tiny").glob("tiny-*"))) == 1
+    assert len(list((root / "artifacts" / "adapter").glob("files-0-*"))) == 2
+    for rank in (2, 4):
+        (folder,) = [p for p in root.glob("smoke-*") if f"lora_rank={rank}" in p.name]
+        config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        assert config["r"] == 2 * rank
+    assert not (workplace.folder / "multirun").exists()
+    assert sorted(path.name for path in workplace.folder.iterdir()) == ["general", "legal", "runs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["model.quantization=none", "train.method=full"])
+def test_sixteen_bit_lora_and_full_fine_tuning_are_the_same_recipe_with_one_key_changed(workplace, override):
+    code, output = workplace.launch(override)
+    assert code == 0, output
+    models = {row["model"] for row in workplace.summary["scores"]}
+    assert {"base", "files-0", "files-1"} <= models
