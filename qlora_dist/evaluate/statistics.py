@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_CLUSTERS = 5
-"""With fewer, too many resamples hold one cluster alone, and no interval is given."""
+MIN_CLUSTERS = 10
+"""With fewer, intervals of yes-or-no measures hold the truth less often than they say, so none is given."""
 
 NUM_RESAMPLES = 2000
 
