@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -78,26 +79,46 @@ def check_saved_modules(adapters: Sequence[PeftFolder]) -> None:
 def shares(
     adapters: Sequence[PeftFolder], weights: MergeWeights, shard_weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """Returns each adapter's share of the merge by label; they sum to one.
+    """Returns each adapter's share of the merge by label; they sum to one, but for `given`, taken as they are.
 
     Args:
         adapters: the parts.
         weights: what a share is proportional to.
-        shard_weights: a factor by label; a label that isn't named counts once.
+        shard_weights: a factor by label (1 for a label that isn't named), or with `given` the share itself.
 
     Raises:
-        ConfigError: if `weights=tokens` and an adapter doesn't say how many tokens trained it.
+        ConfigError: if an adapter doesn't say what its share depends on.
     """
+    if weights is MergeWeights.given:
+        return {a.label: _given(a, shard_weights) for a in adapters}
     counts = {a.label: shard_weights.get(a.label, 1.0) * _count(a, weights) for a in adapters}
     total = sum(counts.values())
     return {label: count / total for label, count in counts.items()}
 
 
+def _given(adapter: PeftFolder, shard_weights: Mapping[str, float]) -> float:
+    if adapter.label not in shard_weights:
+        raise bad_value("merge.weights", "given", f"a weight for each adapter; {adapter.label} has none")
+    return shard_weights[adapter.label]
+
+
 def _count(adapter: PeftFolder, weights: MergeWeights) -> float:
-    if weights is MergeWeights.uniform:
-        return 1.0
-    tokens = adapter.provenance.trained_tokens if adapter.provenance else 0
-    if tokens <= 0:
-        wanted = f"adapters that say how many tokens trained them; {adapter.label} ({adapter.path}) doesn't"
+    match weights:
+        case MergeWeights.tokens:
+            found, what = float(adapter.provenance.trained_tokens if adapter.provenance else 0), "how many tokens"
+        case MergeWeights.inverse_loss:
+            found, what = 1 / (validation_loss(adapter.path) or float("inf")), "with what validation_loss"
+        case _:
+            return 1.0
+    if found <= 0:
+        wanted = f"adapters that say {what} they were trained; {adapter.label} ({adapter.path}) doesn't"
         raise bad_value("merge.weights", weights.name, wanted, "Set merge.weights=uniform.")
-    return float(tokens)
+    return found
+
+
+def validation_loss(folder: Path) -> float | None:
+    """Returns the last `validation_loss` of an adapter folder's `metrics.jsonl`, None where there is none."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    losses = [float(step["validation_loss"]) for step in map(json.loads, lines) if "validation_loss" in step]
+    return losses[-1] if losses else None

@@ -5,26 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from qlora_dist.config.fields import setting
+from qlora_dist.config.fields import execution, setting
+from qlora_dist.errors import bad_value
 
 
 class MergeMethod(Enum):
-    """The rule that makes one adapter out of several."""
+    """The rule that makes one adapter out of several; `adapters.methods` names each one's paper."""
 
     concat = "concat"
+    svd = "svd"
+    ties = "ties"
+    dare = "dare"
+    tsv = "tsv"
+    iso = "iso"
+    knots_ties = "knots_ties"
+    linear_ab = "linear_ab"
 
 
 class MergeWeights(Enum):
-    """What an adapter's share in the merge is proportional to."""
+    """What an adapter's share in the merge is proportional to; `given` takes `shard_weights` as they are."""
 
     tokens = "tokens"
     uniform = "uniform"
+    inverse_loss = "inverse_loss"
+    given = "given"
 
 
 @dataclass(kw_only=True, slots=True)
 class MergeConfig:
-    """The merge method, the weights of its parts (they sum to one) and the scale of the whole."""
+    """The merge method, the weights of its parts (they sum to one) and the scale of the whole.
+
+    `rank` and `energy` bound the lora_rank of the result (0: no bound); `density` is the share of entries that
+    `ties` and `knots_ties` keep, `drop` the share that `dare` drops, by `seed`.
+    """
 
     method: MergeMethod = setting(MergeMethod.concat)
     weights: MergeWeights = setting(MergeWeights.tokens)
     scale: float = setting(1.0, above=0)
+    rank: int = setting(0, at_least=0)
+    energy: float = setting(0.0, at_least=0, at_most=1)
+    density: float = setting(0.2, above=0, at_most=1)
+    drop: float = setting(0.5, at_least=0, below=1)
+    seed: int = setting(0, at_least=0)
+    workers: int = execution(0, at_least=0)
+
+    def check(self, key: str) -> None:
+        """Refuses a bound on an exact sum, and a truncation without one."""
+        bounded = self.rank > 0 or self.energy > 0
+        if self.method is MergeMethod.svd and not bounded:
+            repair = f"Set {key}.rank=16 or {key}.energy=0.99."
+            raise bad_value(f"{key}.rank", self.rank, "a bound for method svd, by rank or energy", repair)
+        if self.method is MergeMethod.concat and bounded:
+            repair = f"Set {key}.method=svd for the best lower rank."
+            raise bad_value(f"{key}.rank", self.rank, "0, with energy 0: concat is the exact sum", repair)

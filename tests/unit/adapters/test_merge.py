@@ -173,6 +173,7 @@ def test_a_torn_file_is_refused(make_adapter, tmp_path: Path):
 
 
 def test_merging_imports_neither_transformers_nor_peft():
-    code = "import sys, qlora_dist.adapters.merge; print(sorted({'transformers', 'peft', 'datasets'} & set(sys.modules)))"
+    heavy = "{'transformers', 'peft', 'datasets'}"
+    code = f"import sys, qlora_dist.adapters.merge; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

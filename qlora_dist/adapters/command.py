@@ -1,0 +1,179 @@
+"""The command line of merging: PEFT folders and globs in, one PEFT folder and a table out."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_dist.adapters.merge import MERGE_FILE, merge_adapters
+from qlora_dist.config.fields import check
+from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
+from qlora_dist.config.stages import MergedConfig
+from qlora_dist.errors import ConfigError, ModelError, QloraDistError, bad_value, nearest
+from qlora_dist.runtime import Facts, quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROGRAM = "python -m qlora_dist.adapters.merge"
+ADAPTER_FILE = "adapter_config.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    arguments = parser().parse_args(argv)
+    quiet_libraries()
+    try:
+        folders = find_folders(arguments.adapters)
+        config = merged_config(arguments, list(folders))
+        with whole_folder(Path(arguments.out)) as aside:
+            facts = merge_adapters(config, folders, aside)
+    except QloraDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    from rich.console import Console
+
+    show(facts, folders, Path(arguments.out), Console())
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser; its defaults are those of `MergeConfig`."""
+    default = MergeConfig()
+    p = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Merge LoRA adapters into one, in the space of the updates B A. The result is a plain PEFT folder.",
+        epilog="Weights: tokens (what each was trained on), uniform, inverse_loss, or numbers: 0.5,0.3,0.2.",
+    )
+    p.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT folder, a folder of such, or a glob")
+    p.add_argument("--out", required=True, metavar="DIR", help="where the merged adapter goes; must not exist")
+    p.add_argument("--method", default=default.method.name, help=f"{' | '.join(m.name for m in MergeMethod)}")
+    p.add_argument("--weights", default=default.weights.name, help="tokens | uniform | inverse_loss | numbers")
+    p.add_argument("--scale", type=float, default=default.scale, help="multiplies the whole (default %(default)s)")
+    p.add_argument("--rank", type=int, default=default.rank, help="the most that the result's lora_rank may be")
+    p.add_argument("--energy", type=float, default=default.energy, help="the share of the squared spectrum to keep")
+    p.add_argument("--density", type=float, default=default.density, help="ties: share kept (default %(default)s)")
+    p.add_argument("--drop", type=float, default=default.drop, help="dare: share dropped (default %(default)s)")
+    p.add_argument("--seed", type=int, default=default.seed, help="dare: of the draw (default %(default)s)")
+    p.add_argument("--workers", type=int, default=default.workers, help="threads; 0: one a core")
+    return p
+
+
+def find_folders(arguments: Sequence[str]) -> dict[str, Path]:
+    """Returns the PEFT folders that the arguments name, by label: their own name, and their parent's if two share it.
+
+    Raises:
+        ModelError: if an argument names no PEFT folder, or one comes twice.
+    """
+    found = [folder for argument in arguments for folder in _folders_of(argument)]
+    if twice := [str(folder) for folder, count in Counter(f.resolve() for f in found).items() if count > 1]:
+        raise ModelError(f"{twice[0]} was given twice. Name each adapter once; --weights says how much it counts.")
+    names = Counter(folder.name for folder in found)
+    return {f.name if names[f.name] == 1 else f"{f.resolve().parent.name}/{f.name}": f for f in found}
+
+
+def _folders_of(argument: str) -> list[Path]:
+    path = Path(argument).expanduser()
+    if (path / ADAPTER_FILE).is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(p.parent for p in path.glob(f"*/{ADAPTER_FILE}"))
+    else:
+        found = [p for p in map(Path, sorted(glob.glob(str(path)))) if (p / ADAPTER_FILE).is_file()]  # noqa: PTH207
+    if not found:
+        raise ModelError(f"{argument}: no PEFT folder (one that holds {ADAPTER_FILE}), nor a folder or glob of such.")
+    return found
+
+
+def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> MergedConfig:
+    """Returns the stage's config as the arguments say it, checked.
+
+    Raises:
+        ConfigError: for an unknown method, a number of weights that isn't that of the adapters, a bad value.
+    """
+    if arguments.method not in MergeMethod.__members__:
+        raise bad_value(
+            "--method", arguments.method, "a merge method", nearest(arguments.method, MergeMethod.__members__)
+        )
+    weights, given = _weights(arguments.weights, labels)
+    merge = MergeConfig(
+        method=MergeMethod[arguments.method],
+        weights=weights,
+        **{
+            name: getattr(arguments, name) for name in ("scale", "rank", "energy", "density", "drop", "seed", "workers")
+        },
+    )
+    try:
+        check(merge, "merge")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("merge.", "--")) from None
+    return MergedConfig(merge=merge, shard_weights=given)
+
+
+def _weights(text: str, labels: Sequence[str]) -> tuple[MergeWeights, dict[str, float]]:
+    rules = {name for name in MergeWeights.__members__ if name != "given"}
+    if text in rules:
+        return MergeWeights[text], {}
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        raise bad_value("--weights", text, "a rule or numbers such as 0.5,0.3,0.2", nearest(text, rules)) from None
+    if len(numbers) != len(labels):
+        raise bad_value("--weights", text, f"{len(labels)} numbers, one for each of {', '.join(labels)}")
+    return MergeWeights.given, dict(zip(labels, numbers, strict=True))
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `out` that becomes `out` if the block ends well, so that `out` is whole or absent.
+
+    Raises:
+        ModelError: if `out` is there already.
+    """
+    if out.exists():
+        raise ModelError(f"--out={out}: is there already. Choose another name, or remove it.")
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) -> None:
+    """Prints the parts, how they relate, what was kept, and the command to type next."""
+    from rich.table import Table
+
+    table = Table(title=f"{facts['method']} of {len(folders)} adapters, {facts['num_modules']} modules")
+    table.add_column("adapter", overflow="fold")
+    for name in ("weight", "rank", "tokens", "‖ΔW‖"):
+        table.add_column(name, justify="right")
+    for i in range(len(folders)):
+        table.add_column(f"cos {i + 1}", justify="right")
+    for i, (part, cosines) in enumerate(zip(facts["parts"], facts["cosines"], strict=True)):
+        numbers = (
+            f"{part['weight']:.4g}",
+            str(part["lora_rank"]),
+            str(part["trained_tokens"] or "-"),
+            f"{part['norm']:.4g}",
+        )
+        table.add_row(f"{i + 1} {part['label']}", *numbers, *(f"{c:+.3f}" for c in cosines))
+    console.print(table)
+    console.print(
+        f"merged: rank {facts['lora_rank']} of {facts['largest_rank']}, ‖ΔW‖ {facts['norm']:.4g},"
+        f" energy kept {facts['energy_kept']:.2%}, cross energy {facts['cross_energy']:+.1%}",
+        highlight=False,
+    )
+    console.print(f"written: {out} (a PEFT folder; its parts stand in {MERGE_FILE})", highlight=False, soft_wrap=True)
+    command = ["python", "-m", "qlora_dist.export", str(out), "--base", "BASE", "--to", "hf", "--out", f"{out}-model"]
+    console.print(f"next: {shlex.join(command)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,89 @@
+"""From a merge config to the rule that makes one module's update out of its parts."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qlora_dist.adapters import methods
+from qlora_dist.adapters.algebra import Core, compress, concat
+from qlora_dist.config.merge import MergeConfig, MergeMethod
+from qlora_dist.model.peft_folder import Factors
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFacts:
+    """What a merge says of one module.
+
+    `products_PP` are the inner products of the parts, `sigma_S` the singular values of the result before it was cut
+    to `lora_rank`, `ranks` the parts' own ranks.
+    """
+
+    lora_rank: int
+    ranks: list[int]
+    products_PP: torch.Tensor
+    sigma_S: torch.Tensor
+
+    @property
+    def energy(self) -> float:
+        """Returns ‖ΔW‖² before the cut."""
+        return float(self.sigma_S.square().sum())
+
+    @property
+    def kept_energy(self) -> float:
+        """Returns ‖ΔW‖² after the cut."""
+        return float(self.sigma_S[: self.lora_rank].square().sum())
+
+
+Rule = Callable[[str, Sequence[Factors]], tuple[Factors, ModuleFacts]]
+_CORE_METHODS = frozenset(
+    {MergeMethod.svd, MergeMethod.ties, MergeMethod.dare, MergeMethod.tsv, MergeMethod.iso},
+)
+
+
+def merge_rule(config: MergeConfig, weights: Sequence[float]) -> Rule:
+    """Returns the function that merges the parts of one module, given its name; pure, and the same on any thread."""
+
+    def rule(module: str, parts: Sequence[Factors]) -> tuple[Factors, ModuleFacts]:
+        core = Core(parts)
+        if config.method in _CORE_METHODS:
+            merged_KL = config.scale * merge_core(config, core.blocks_PKL, weights, module)
+            factors, sigma_S = core.lift(merged_KL, config.rank, config.energy)
+        else:
+            factors, sigma_S = _merge_factors(config, core, weights)
+        return factors, ModuleFacts(factors.rank, [p.rank for p in parts], core.inner_products(), sigma_S)
+
+    return rule
+
+
+def merge_core(config: MergeConfig, blocks_PKL: torch.Tensor, weights: Sequence[float], module: str) -> torch.Tensor:
+    """Returns the merged core by a method that needs the parts' cores alone, before the scale."""
+    match config.method:
+        case MergeMethod.ties:
+            return methods.ties(blocks_PKL, weights, config.density)
+        case MergeMethod.dare:
+            draw = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {module}".encode()))
+            return methods.dare(blocks_PKL, weights, config.drop, draw)
+        case MergeMethod.tsv:
+            return methods.tsv(blocks_PKL, weights)
+        case MergeMethod.iso:
+            return methods.iso(blocks_PKL, weights)
+        case _:
+            return methods.weighted_sum(blocks_PKL, weights)
+
+
+def _merge_factors(config: MergeConfig, core: Core, weights: Sequence[float]) -> tuple[Factors, torch.Tensor]:
+    coefficients = [config.scale * w for w in weights]
+    if config.method is MergeMethod.concat:
+        sigma_S = torch.linalg.svdvals(methods.weighted_sum(core.blocks_PKL, coefficients))
+        return concat(core.parts, coefficients), sigma_S
+    if config.method is MergeMethod.linear_ab:
+        whole = methods.linear_ab(core.parts, weights)
+    else:
+        whole = methods.knots_ties(core, weights, config.density)
+    whole = Factors(whole.A_RI, whole.B_OR * config.scale)
+    cut, sigma_S = compress(whole, config.rank, config.energy)
+    return (cut if config.rank or config.energy else whole), sigma_S

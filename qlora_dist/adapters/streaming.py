@@ -1,0 +1,56 @@
+"""Merging module by module: memory holds a few modules, whatever the number of adapters and of modules."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from qlora_dist.adapters.rules import ModuleFacts, Rule
+from qlora_dist.model.peft_folder import Factors, PeftFolder, PeftWriter
+from qlora_dist.runtime import Progress
+
+
+def merge_modules(adapters: Sequence[PeftFolder], rule: Rule, out: Path, workers: int = 0) -> dict[str, ModuleFacts]:
+    """Writes what `rule` makes of each module, and returns what it says of each.
+
+    Memory holds `workers` + 1 modules at a time, whatever the number of modules.
+    """
+    saved = [(a, key) for a in adapters for key in a.saved_modules]
+    progress = Progress(len(adapters[0].modules), "module")
+    described = {}
+    with PeftWriter(out, adapters[0], [key for _, key in saved]) as writer:
+        for module, (factors, described[module]) in _in_order(adapters, rule, workers or os.cpu_count() or 1):
+            writer.add(module, factors)
+            progress.update(len(described))
+        for adapter, key in saved:
+            writer.add_saved(key, adapter.file.read(key))
+    return described
+
+
+def _in_order(
+    adapters: Sequence[PeftFolder], rule: Rule, workers: int
+) -> Iterator[tuple[str, tuple[Factors, ModuleFacts]]]:
+    """Yields merged modules in the file's order, while `workers` threads work ahead by one module each."""
+
+    def work(module: str) -> tuple[Factors, ModuleFacts]:
+        torch.set_num_threads(1)  # modules run side by side, not the threads of one matrix product
+        return rule(module, [a.factors(module) for a in adapters])
+
+    waiting: deque[tuple[str, Future[tuple[Factors, ModuleFacts]]]] = deque()
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for module in adapters[0].modules:
+                if len(waiting) > workers:
+                    name, done = waiting.popleft()
+                    yield name, done.result()
+                waiting.append((module, pool.submit(work, module)))
+            for name, done in waiting:
+                yield name, done.result()
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,139 @@
+"""Property tests: what is done in the space of the factors equals what dense float64 matrices give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_dist.adapters.algebra import Core, compress, concat, halve
+from qlora_dist.adapters.methods import weighted_sum
+from qlora_dist.model.peft_folder import Factors
+
+FEW = settings(max_examples=40, deadline=None)
+
+
+@st.composite
+def some_parts(draw, max_parts: int = 4) -> list[Factors]:
+    """Random parts of one layer: any ranks (above the layer's width too), any scales, some zero, some dependent."""
+    num_out, num_in = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    ranks = draw(st.lists(st.integers(1, 8), min_size=1, max_size=max_parts))
+    seed = draw(st.integers(0, 2**20))
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for rank in ranks:
+        A_RI, B_OR = torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)
+        kind = draw(st.sampled_from(["free", "zero", "shared A", "unbalanced", "repeated row"]))
+        if kind == "zero":
+            B_OR = B_OR * 0
+        elif kind == "shared A" and parts and parts[0].rank == rank:
+            A_RI = parts[0].A_RI
+        elif kind == "unbalanced":
+            A_RI, B_OR = A_RI * 1e5, B_OR * 1e-5
+        elif kind == "repeated row":
+            A_RI = A_RI[:1].expand(rank, -1).clone()
+        parts.append(Factors(A_RI, B_OR * draw(st.sampled_from([1.0, 0.01, 30.0]))))
+    return parts
+
+
+some_weights = st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4)
+
+
+def dense_sum(parts: list[Factors], weights: list[float]) -> torch.Tensor:
+    return sum(w * part.dense() for w, part in zip(weights, parts, strict=False))
+
+
+def size(parts: list[Factors], weights: list[float]) -> float:
+    """Returns the size that rounding is measured against: it doesn't shrink where parts cancel."""
+    return sum(abs(w) * float(part.dense().norm()) for w, part in zip(weights, parts, strict=False)) + 1e-30
+
+
+@FEW
+@given(some_parts(), some_weights)
+def test_concat_is_the_sum_for_any_ranks_and_negative_weights(parts, weights):
+    weights = weights[: len(parts)]
+    found = concat(parts, weights)
+    assert found.rank == sum(part.rank for part in parts)
+    assert (found.dense() - dense_sum(parts, weights)).norm() <= 1e-6 * size(parts, weights)
+
+
+@FEW
+@given(some_parts(), some_weights)
+def test_the_core_is_lossless(parts, weights):
+    weights = weights[: len(parts)]
+    core = Core(parts)
+    for part, block_KL in zip(parts, core.blocks_PKL, strict=True):
+        lifted, _ = core.lift(block_KL)
+        assert (lifted.dense() - part.dense()).norm() <= 2e-6 * part.dense().norm() + 1e-30
+    lifted, sigma = core.lift(weighted_sum(core.blocks_PKL, weights))
+    wanted = dense_sum(parts, weights)
+    assert (lifted.dense() - wanted).norm() <= 2e-6 * size(parts, weights)
+    dense_sigma = torch.linalg.svdvals(wanted)[: len(sigma)]
+    assert (sigma[: len(dense_sigma)] - dense_sigma).norm() <= 1e-6 * size(parts, weights)
+
+
+@FEW
+@given(some_parts())
+def test_inner_products_are_those_of_the_dense_updates(parts):
+    found = Core(parts).inner_products()
+    flat = torch.stack([part.dense().flatten() for part in parts])
+    scale = flat.norm(dim=1).outer(flat.norm(dim=1))
+    assert ((found - flat @ flat.T).abs() <= 2e-6 * scale + 1e-30).all()
+
+
+@FEW
+@given(some_parts(), some_weights, st.integers(1, 6))
+def test_a_cut_is_the_best_of_its_rank(parts, weights, rank):
+    weights = weights[: len(parts)]
+    found, _ = Core(parts).lift(weighted_sum(Core(parts).blocks_PKL, weights), rank)
+    assert found.rank <= rank
+    wanted = dense_sum(parts, weights)
+    best = torch.linalg.svdvals(wanted)[rank:].norm()
+    assert (found.dense() - wanted).norm() <= best + 2e-6 * size(parts, weights)
+
+
+@FEW
+@given(some_parts(), st.floats(0.1, 1.0))
+def test_a_cut_by_energy_keeps_that_share_with_the_lowest_rank(parts, energy):
+    whole = concat(parts, [1.0] * len(parts))
+    found, sigma = compress(whole, energy=energy)
+    squares = sigma.square()
+    if float(squares.sum()) > 0:
+        assert squares[: found.rank].sum() >= energy * squares.sum() * (1 - 1e-6)
+        assert found.rank == 1 or squares[: found.rank - 1].sum() < energy * squares.sum()
+
+
+@FEW
+@given(some_parts(), some_weights, st.randoms(use_true_random=False))
+def test_the_order_of_the_parts_does_not_matter(parts, weights, random):
+    order = list(range(len(parts)))
+    random.shuffle(order)
+    one = Core(parts)
+    other = Core([parts[i] for i in order])
+    a, _ = one.lift(weighted_sum(one.blocks_PKL, weights[: len(parts)]))
+    b, _ = other.lift(weighted_sum(other.blocks_PKL, [weights[i] for i in order]))
+    assert (a.dense() - b.dense()).norm() <= 4e-6 * size(parts, weights)
+
+
+@FEW
+@given(some_parts(max_parts=1), st.floats(0.125, 8))
+def test_one_part_with_weight_one_is_itself_and_scaling_scales(parts, factor):
+    assert (concat(parts, [1.0]).dense() == parts[0].dense()).all()
+    scaled = concat(parts, [factor]).dense()
+    assert (scaled - factor * parts[0].dense()).norm() <= 1e-6 * factor * parts[0].dense().norm() + 1e-30
+
+
+def test_singular_values_are_split_evenly_between_the_factors():
+    parts = [Factors(torch.randn(4, 30), torch.randn(20, 4) * 1e3)]
+    found, sigma = compress(parts[0])
+    assert torch.linalg.svdvals(found.A_RI.double()) == pytest.approx(sigma.sqrt().numpy(), rel=1e-5)
+    assert torch.linalg.svdvals(found.B_OR.double()) == pytest.approx(sigma.sqrt().numpy(), rel=1e-5)
+
+
+def test_halving_a_gram_matrix_gives_orthonormal_columns():
+    X = torch.randn(50, 6, dtype=torch.float64) @ torch.randn(6, 9, dtype=torch.float64)
+    root, inverse = halve(X.T @ X)
+    assert root.shape == (6, 9)
+    assert torch.allclose(root.T @ root, X.T @ X)
+    assert torch.allclose((X @ inverse).T @ (X @ inverse), torch.eye(6, dtype=torch.float64), atol=1e-6)

@@ -1,0 +1,83 @@
+"""`python -m qlora_dist.adapters.merge`: what it takes, refuses and prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qlora_dist.adapters.command import main
+
+from .conftest import dense, provenance
+
+
+@pytest.fixture
+def three(make_adapter, tmp_path):
+    return [
+        str(make_adapter(name, seed=i, known=provenance(trained_tokens=100 * i)))
+        for i, name in enumerate(("a", "b", "c"), start=1)
+    ]
+
+
+def test_folders_globs_and_folders_of_folders_name_the_same_adapters(three, tmp_path, capsys):
+    for i, arguments in enumerate((three, [str(tmp_path / "[abc]")], [str(tmp_path)])):
+        out = tmp_path / "results" / str(i)
+        assert main([*arguments, "--out", str(out)]) == 0
+        parts = json.loads((out / "merge.json").read_text())["parts"]
+        assert [p["label"] for p in parts] == ["a", "b", "c"]
+        assert [p["weight"] for p in parts] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    printed = capsys.readouterr().out
+    assert "cos 3" in printed
+    assert "next: python -m qlora_dist.export" in printed
+
+
+def test_numbers_are_taken_as_the_weights(three, tmp_path):
+    assert main([*three, "--weights", "0.5,0.75,-0.25", "--out", str(tmp_path / "out")]) == 0
+    for module, found in dense(tmp_path / "out").items():
+        parts = [dense(tmp_path / name)[module] for name in "abc"]
+        wanted = 0.5 * parts[0] + 0.75 * parts[1] - 0.25 * parts[2]
+        assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_inverse_loss_reads_each_adapters_metrics(three, tmp_path):
+    for name, loss in (("a", 1.0), ("b", 2.0), ("c", 4.0)):
+        lines = [{"step": 1, "loss": 3.0}, {"step": 1, "validation_loss": 9.0}, {"step": 2, "validation_loss": loss}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([*three, "--weights", "inverse_loss", "--out", str(tmp_path / "out")]) == 0
+    parts = json.loads((tmp_path / "out" / "merge.json").read_text())["parts"]
+    assert [p["weight"] for p in parts] == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "svdd"], "--method=svdd: expected a merge method. Did you mean svd?"),
+        (["--method", "svd"], "Set --rank=16 or --energy=0.99"),
+        (["--rank", "4"], "Set --method=svd"),
+        (["--weights", "0.5,0.5"], "3 numbers"),
+        (["--weights", "token"], "Did you mean tokens?"),
+        (["--weights", "inverse_loss"], "validation_loss"),
+        (["--density", "0"], "--density=0.0: expected a number above 0"),
+        (["a_folder_that_is_not"], "no PEFT folder"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_repair(three, tmp_path, capsys, arguments, message):
+    assert main([*three, *arguments, "--out", str(tmp_path / "out")]) in (1, 2)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert message in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_result_is_not_touched(three, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("mine")
+    assert main([*three, "--out", str(tmp_path / "out")]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_the_same_adapter_twice_is_refused(three, tmp_path, capsys):
+    assert main([three[0], three[0], "--out", str(tmp_path / "out")]) == 1
+    assert "was given twice" in capsys.readouterr().err
