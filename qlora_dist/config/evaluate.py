@@ -16,13 +16,27 @@ class TrackingName(Enum):
     none = "none"
 
 
+class Gate(Enum):
+    """What follows from the ship/no-ship verdict: nothing, a line in the report, or exit code 3."""
+
+    off = "off"
+    report = "report"
+    strict = "strict"
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Which held-out split is scored, and how much of it."""
+    """Which held-out split is scored, how much of it, and what a model must reach to be shipped.
+
+    `min_gain` and `max_forgetting` are in bits per byte, against the base: on each domain, and on `general`.
+    """
 
     split: str = "test"
     max_rows: int = setting(0, at_least=0)
     batch_tokens: int = execution(4096, at_least=8)
+    gate: Gate = execution(Gate.report)
+    min_gain: float = execution(0.0, at_least=0)
+    max_forgetting: float = execution(0.1, at_least=0)
 
 
 @dataclass(kw_only=True, slots=True)

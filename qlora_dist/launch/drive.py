@@ -23,9 +23,12 @@ from qlora_dist.pipeline.plan import PLAN, Plan, drift, read_plan
 
 POLL_S = 0.2
 
+GATE_FAILED = 3
+"""The exit code of a run that finished, but whose model does not pass `evaluate.gate=strict`."""
+
 
 def run(config: RunConfig, command: str, console: Console) -> int:
-    """Plans and runs one config; returns the exit code: 0, 1 when a node failed, 130 when interrupted.
+    """Plans and runs one config; returns the exit code: 0, 1 when a node failed, 3 at the gate, 130 when interrupted.
 
     Raises:
         QloraDistError: for what is wrong before any work.
@@ -102,7 +105,21 @@ def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:
     if summary["adapter"]:
         console.print(f"adapter  {summary['adapter']}", soft_wrap=True)
         console.print(Text(f"use it   {summary['use']}"), soft_wrap=True)
-    return 0 if summary["state"] == "done" else 1
+    if summary["state"] != "done":
+        return 1
+    return _say_verdict(plan, summary.get("verdict"), console)
+
+
+def _say_verdict(plan: Plan, verdict: dict[str, Any] | None, console: Console) -> int:
+    """Prints whether the merged adapter should be shipped; returns 3 if not and `evaluate.gate=strict`."""
+    if verdict is None:
+        return 0
+    words = "ship" if verdict["ship"] else "do not ship"
+    console.print(Text(f"verdict  {words}", style="bold green" if verdict["ship"] else "bold yellow"))
+    for reason in verdict["reasons"]:
+        mark = "passed" if reason["passed"] else "failed"
+        console.print(Text(f"   {mark}: {reason['check']}: {reason['found']}"), soft_wrap=True)
+    return GATE_FAILED if not verdict["ship"] and plan.config["evaluate"]["gate"] == "strict" else 0
 
 
 def _say_failures(plan: Plan, endings: dict[str, Ending], console: Console) -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from qlora_dist.config.evaluate import EvaluateConfig
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.run import circumstances, failure_path
 from qlora_dist.runtime import write_json
@@ -36,6 +39,7 @@ def close_run(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
         "state": "done" if all(e.state in {"done", "cached"} for e in endings.values()) else "failed",
         "nodes": [_describe(plan, node, endings[node.name]) for node in plan.nodes],
         "scores": _scores(plan, endings),
+        **_assessment(plan, endings),
         "curves": _curves(plan, endings),
         "adapter": str(shipped) if shipped else None,
         "use": use_command(plan, shipped) if shipped else "",
@@ -59,6 +63,7 @@ def is_closed(plan: Plan) -> bool:
         return False
     keys = [(n["stage"], n["label"], n["key"]) for n in summary["nodes"]]
     same = keys == [(n.stage, n.label, n.key) for n in plan.nodes] and summary["state"] == "done"
+    same = same and summary["config"]["evaluate"] == plan.config["evaluate"]  # the gate's thresholds are in no key
     shipped = summary["adapter"]
     return bool(same and (plan.folder / "report.html").exists() and (not shipped or Path(shipped).is_dir()))
 
@@ -97,6 +102,17 @@ def _scores(plan: Plan, endings: Mapping[str, Ending]) -> list[dict[str, Any]]:
         path = plan.store.folder(node.id) / "scores.json"
         rows += json.loads(path.read_text(encoding="utf-8"))["rows"]
     return rows
+
+
+def _assessment(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
+    """Compares each model with the base, and judges the merged one by the config's thresholds."""
+    from qlora_dist.evaluate.gate import assess
+
+    folders = {node.label: plan.store.folder(node.id) for node in _finished(plan, endings, "scores")}
+    schema = OmegaConf.structured(EvaluateConfig)
+    config = OmegaConf.to_object(OmegaConf.merge(schema, plan.config["evaluate"]))
+    assert isinstance(config, EvaluateConfig)
+    return assess(folders, "merged", list(plan.config["domain"]), config)
 
 
 def _curves(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, list[dict[str, float]]]:

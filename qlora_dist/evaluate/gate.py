@@ -1,0 +1,64 @@
+"""Ship or not: a verdict with its reasons, from thresholds that stand in the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.config.evaluate import EvaluateConfig, Gate
+from qlora_dist.evaluate.compare import compare_models
+
+GENERAL = "general"
+
+
+def assess(folders: Mapping[str, Path], shipped: str, domains: Sequence[str], config: EvaluateConfig) -> dict[str, Any]:
+    """Returns what the summary says of a run's scores: `comparisons` with the base, and the `verdict` (or None)."""
+    comparisons = compare_models(folders)
+    judged = config.gate is not Gate.off and shipped in folders and "base" in folders
+    return {"comparisons": comparisons, "verdict": judge(shipped, domains, comparisons, config) if judged else None}
+
+
+def judge(
+    model: str, domains: Sequence[str], comparisons: Iterable[Mapping[str, Any]], config: EvaluateConfig
+) -> dict[str, Any]:
+    """Returns `{"model", "ship", "reasons"}`; every check is a reason, whether it passed or not.
+
+    A domain passes when bits per byte fell by at least `min_gain`, and the interval (where there is one) leaves no
+    doubt that they fell; forgetting passes when those on `general` rose by at most `max_forgetting`.
+
+    Args:
+        model: the one that would be shipped.
+        domains: those it was trained for.
+        comparisons: rows of `compare_models`.
+        config: the thresholds, in bits per byte.
+    """
+    found = {r["domain"]: r for r in comparisons if r["model"] == model and r["metric"] == "bits_per_byte"}
+    reasons = [_gained(domain, found.get(domain), config.min_gain) for domain in domains]
+    reasons.append(_forgot(found.get(GENERAL), config.max_forgetting))
+    return {"model": model, "ship": all(r["passed"] for r in reasons), "reasons": reasons}
+
+
+def _gained(domain: str, row: Mapping[str, Any] | None, least: float) -> dict[str, Any]:
+    wanted = f"bits per byte on {domain} at least {least:g} below the base, beyond doubt"
+    if row is None:
+        return _reason(f"better on {domain}", False, wanted, "not measured")
+    sure = row["high"] is None or row["high"] < 0
+    passed = row["difference"] < 0 and row["difference"] <= -least and sure
+    return _reason(f"better on {domain}", passed, wanted, _with_interval(row))
+
+
+def _forgot(row: Mapping[str, Any] | None, most: float) -> dict[str, Any]:
+    wanted = f"bits per byte on {GENERAL} at most {most:g} above the base"
+    if row is None:
+        return _reason("little forgotten", False, wanted, "not measured")
+    return _reason("little forgotten", row["difference"] <= most, wanted, _with_interval(row))
+
+
+def _reason(check: str, passed: bool, wanted: str, found: str) -> dict[str, Any]:
+    return {"check": check, "passed": passed, "wanted": wanted, "found": found}
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    interval = "too few clusters for an interval" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
+    return f"{row['difference']:+.4f} ({interval}; {row['num_documents']} documents)"
