@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,25 +24,30 @@ SMALL = [
     "model.tiny.tokens_per_step=1024",
     "train.max_steps=4",
 ]
-WORDS = (
+SYLLABLES = (
+    "lic",
+    "ens",
+    "war",
+    "ran",
+    "ty",
+    "cop",
+    "yr",
+    "ight",
+    "no",
+    "tice",
+    "sub",
+    "ject",
+    "to",
     "the",
-    "licensee",
-    "shall",
-    "not",
-    "transfer",
-    "any",
-    "rights",
-    "under",
-    "this",
-    "agreement",
-    "without",
-    "owner",
+    "par",
+    "ties",
 )
 
 
 def text(seed: int, num_words: int = 60) -> str:
-    """Returns text that no other seed gives, from a small vocabulary."""
-    return " ".join(WORDS[(seed * 7 + i * i + seed * i) % len(WORDS)] + str((seed * i) % 7) for i in range(num_words))
+    """Returns text that no other seed gives: words of one to three syllables, drawn by the seed."""
+    draw = random.Random(seed)
+    return " ".join("".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(num_words))
 
 
 @dataclass
