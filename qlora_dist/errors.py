@@ -38,6 +38,12 @@ class TrainError(QloraDistError):
     """Training can't start, or a check of the certificate failed."""
 
 
+class Preempted(QloraDistError):  # noqa: N818 - nothing went wrong: the work continues when it is run again
+    """Training stopped on request, its checkpoint written: run the same command to continue."""
+
+    exit_code = 75
+
+
 class LaunchError(QloraDistError):
     """A launcher can't run the plan, or a node of the plan failed."""
 

@@ -45,6 +45,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Returns the number of this job's processes on this node, 1 outside `torchrun`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def device() -> torch.device:
     """Returns this rank's GPU where there is one, else the CPU."""
     import torch

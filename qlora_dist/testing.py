@@ -190,13 +190,14 @@ def _write_rows(
     vocab_size: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    fields = [(name, np.int64) for name in ("row", "start", "length", "record", "trained_bytes")]
+    from qlora_dist.data.rows import SEGMENT
+
     np.save(folder / "tokens.npy", tokens_BT)
     np.save(folder / "trained.npy", trained_BT)
-    np.save(folder / "segments.npy", np.array(segments, dtype=fields))
+    np.save(folder / "segments.npy", np.array(segments, dtype=SEGMENT))
     with (folder / "records.jsonl").open("w", encoding="utf-8") as file:
         for *_, record, _ in segments:
             file.write(json.dumps({"id": f"r{record}", "cluster": f"r{record}", "source": "test"}) + "\n")
     shape = {"row_tokens": tokens_BT.shape[1], "num_rows": tokens_BT.shape[0], "vocab_size": vocab_size}
-    special = {"bos_id": 256, "eos_id": 257, "pad_id": 258}
+    special = {"start_id": 256, "end_id": 257, "pad_id": 258, "silent_ids": [256, 257, 258]}
     (folder / "rows.json").write_text(json.dumps(shape | special), encoding="utf-8")

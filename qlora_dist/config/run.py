@@ -12,7 +12,7 @@ from qlora_dist.config.fields import execution, setting
 from qlora_dist.config.launch import LauncherConfig, SweepConfig
 from qlora_dist.config.merge import MergeConfig
 from qlora_dist.config.model import ModelConfig
-from qlora_dist.config.train import LoraConfig, StrategyConfig, TrainConfig, check_step
+from qlora_dist.config.train import LoraConfig, StrategyConfig, TrainConfig, check_step, check_supported
 from qlora_dist.errors import bad_value
 
 
@@ -50,3 +50,4 @@ class RunConfig:
                     f"domain.{name}", name, "a name of lower-case letters, digits and '_' other than 'general'"
                 )
         check_step(self.train, self.strategy.world_size)
+        check_supported(self.train, self.strategy)

@@ -28,6 +28,8 @@ class StrategyName(Enum):
     """How the processes of one training share the work."""
 
     single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,6 +62,8 @@ class TrainConfig:
     micro_batch_tokens: int = execution(2048, at_least=8)
     activation_checkpointing: bool = execution(False)
     log_every_steps: int = execution(1, at_least=1)
+    checkpoint_every_s: float = execution(600.0, at_least=0)
+    dense_cache_share: float = execution(-1.0, at_least=-1, below=1)
 
     def check(self, key: str) -> None:
         """Refuses token budgets that are no whole number of rows or micro-batches."""
@@ -75,11 +79,15 @@ class StrategyConfig:
 
     name: StrategyName = execution(StrategyName.single)
     world_size: int = execution(1, at_least=1)
+    ranks_per_group: int = execution(0, at_least=0)
+    timeout_s: float = execution(600.0, above=0)
 
     def check(self, key: str) -> None:
         """Refuses several processes for the strategy of one."""
         if self.name is StrategyName.single and self.world_size > 1:
             raise bad_value(f"{key}.world_size", self.world_size, f"1 with {key}.name=single")
+        if self.ranks_per_group and self.name is not StrategyName.fsdp:
+            raise bad_value(f"{key}.ranks_per_group", self.ranks_per_group, f"0 with {key}.name={self.name.name}")
 
 
 def check_step(train: TrainConfig, world_size: int) -> None:
@@ -95,6 +103,20 @@ def check_step(train: TrainConfig, world_size: int) -> None:
         )
         repair = f"Set train.tokens_per_step={_up(train.tokens_per_step, unit)}."
         raise bad_value("train.tokens_per_step", train.tokens_per_step, wanted, repair)
+
+
+def check_supported(train: TrainConfig, strategy: StrategyConfig) -> None:
+    """Refuses what no strategy does: docs/strategies.md has the table.
+
+    Raises:
+        ConfigError: naming the key and the reason.
+    """
+    if train.method is Method.full and strategy.name is not StrategyName.single:
+        repair = "Set strategy=single, or train.method=lora."
+        raise bad_value("train.method", "full", f"lora with strategy={strategy.name.name}", repair)
+    if strategy.ranks_per_group and strategy.world_size % strategy.ranks_per_group:
+        wanted = f"a divisor of strategy.world_size = {strategy.world_size}"
+        raise bad_value("strategy.ranks_per_group", strategy.ranks_per_group, wanted)
 
 
 def gradient_accumulation(train: TrainConfig, world_size: int) -> int:

@@ -43,7 +43,14 @@ STAGES: dict[str, Stage] = {
         Stage("rows", told.RowsConfig, "qlora_dist.data.rows:write_rows"),
         Stage("tiny", told.TinyStageConfig, "qlora_dist.model.tiny:make_tiny", loads_model=True, is_tracked=True),
         Stage("base", told.BaseConfig, "qlora_dist.model.base:prepare_base"),
-        Stage("adapter", told.AdapterConfig, "qlora_dist.train:train_adapter", loads_model=True, is_tracked=True),
+        Stage(
+            "adapter",
+            told.AdapterConfig,
+            "qlora_dist.train:train_adapter",
+            loads_model=True,
+            resumes=True,
+            is_tracked=True,
+        ),
         Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),
         Stage("scores", told.ScoresConfig, "qlora_dist.evaluate.scores:score_model", loads_model=True, is_tracked=True),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,8 +28,8 @@ class Budget:
         first = step * self.rows_per_step
         wanted = np.arange(first, first + self.rows_per_step)
         epochs, places = wanted // self.num_rows, wanted % self.num_rows
-        orders = {int(e): row_order(self.num_rows, self.seed, int(e)) for e in np.unique(epochs)}
-        return np.array([orders[int(e)][p] for e, p in zip(epochs, places, strict=True)], dtype=np.int64)
+        taken = [_order(self.num_rows, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        return np.concatenate(taken).astype(np.int64)
 
     def rate_share(self, step: int, schedule: Schedule) -> float:
         """Returns the share of the peak learning rate at `step` (0-based): linear warm-up, then the schedule.
@@ -42,6 +43,11 @@ class Budget:
         if schedule is Schedule.cosine:
             return 0.5 * (1 + math.cos(math.pi * min(through, 1.0)))
         return 1.0 if schedule is Schedule.constant else max(0.0, 1.0 - through)
+
+
+@lru_cache(maxsize=64)
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return row_order(num_rows, seed, epoch)
 
 
 def plan_budget(train: TrainConfig, num_rows: int, seed: int) -> Budget:

@@ -16,16 +16,17 @@ from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Method, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.errors import TrainError, bad_value
-from qlora_dist.model.base import Base, load_model
+from qlora_dist.model.base import load_model
 from qlora_dist.model.lora import attach_lora
 from qlora_dist.runtime import Progress, device, log_metrics, set_seed
 from qlora_dist.train.batches import tensors
 from qlora_dist.train.budget import Budget
+from qlora_dist.train.training import Training
 
 LOGGED: tuple[str, ...] = ("loss", "learning_rate", "grad_norm")
 
 
-def train_with_trainer(config: AdapterConfig, base: Base, rows: Rows, budget: Budget) -> Any:
+def train_with_trainer(training: Training) -> Any:
     """Returns the trained model: a PEFT model, or the whole base for `train.method=full`.
 
     The same config, rows and seed give the same weights to the bit on one CPU with one number of threads.
@@ -37,6 +38,7 @@ def train_with_trainer(config: AdapterConfig, base: Base, rows: Rows, budget: Bu
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
 
+    config, base, budget = training.config, training.base, training.budget
     set_seed(config.seed)  # before the factors are drawn
     if config.train.method is Method.full:
         model = load_model(base, config.model, dtype=torch.float32, quantized=False)
@@ -46,7 +48,7 @@ def train_with_trainer(config: AdapterConfig, base: Base, rows: Rows, budget: Bu
         trainer = Trainer(
             model=model,
             args=training_arguments(config, budget, Path(unused)),
-            train_dataset=OrderedRows(rows, budget),
+            train_dataset=OrderedRows(training.rows, budget),
             optimizers=optimizer_and_schedule(model, config.train, budget),
             callbacks=[metrics_callback(config, budget)],
         )

@@ -6,10 +6,13 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
 
 from qlora_dist.data.rows import Rows
 from qlora_dist.errors import TrainError
 from qlora_dist.train.batches import IGNORED, tensors
+from qlora_dist.train.step import Stepper
 
 
 def mean_loss(model: Any, rows: Rows, batch_tokens: int) -> float:
@@ -18,9 +21,6 @@ def mean_loss(model: Any, rows: Rows, batch_tokens: int) -> float:
     Raises:
         TrainError: if it isn't finite.
     """
-    import torch
-    from torch.nn.functional import cross_entropy
-
     parameter = next(model.parameters())
     was_training, total, count = model.training, 0.0, 0
     model.eval()
@@ -40,3 +40,26 @@ def mean_loss(model: Any, rows: Rows, batch_tokens: int) -> float:
     if count and not math.isfinite(total):
         raise TrainError("The loss on held-out rows is not finite. Lower train.learning_rate.")
     return total / count if count else math.nan
+
+
+def row_losses(stepper: Stepper, rows: Rows, batch_tokens: int) -> torch.Tensor:
+    """Returns this rank's share of (summed loss, targets) of held-out rows under the first lane, in float64.
+
+    Every rank takes the same number of forwards, as a sharded base needs: short of rows, it does a row again for
+    nothing.
+    """
+    strategy, totals = stepper.strategy, torch.zeros(2, dtype=torch.float64, device=stepper.strategy.device)
+    batch_rows = max(1, batch_tokens // rows.row_tokens)
+    stepper.model.eval()
+    for first in range(0, rows.num_rows, batch_rows * strategy.world_size):
+        start = first + strategy.rank * batch_rows
+        indices = np.arange(start, min(start + batch_rows, rows.num_rows))
+        idle = len(indices) == 0
+        batch = {n: v.to(strategy.device) for n, v in tensors(rows, indices if not idle else np.array([0])).items()}
+        stepper.seating.rows = {0: slice(None)}
+        with torch.no_grad():
+            nll = stepper.model(**batch).sum()
+        if not idle:
+            totals += torch.stack([nll.double(), (batch["labels"] != IGNORED).sum().double()])
+    stepper.model.train()
+    return totals

@@ -1,0 +1,189 @@
+"""The checks of a training: of the base and the rows before it, of the first steps, of what it leaves.
+
+B rows, T slots. Checks that compute on the model run on every rank alike: a sharded base needs all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from qlora_dist.config.model import ModelConfig, Quantization
+from qlora_dist.data.rows import Rows
+from qlora_dist.model.frozen import frozen_linears
+from qlora_dist.train.batches import IGNORED, tensors
+from qlora_dist.train.certificate import Certificate
+from qlora_dist.train.lanes import Lane
+from qlora_dist.train.loss import LaneModel
+from qlora_dist.train.step import Stepper
+from qlora_dist.train.strategies import Strategy
+
+
+def check_base(certificate: Certificate, model: LaneModel, config: ModelConfig) -> None:
+    """Checks dtypes and storage of the base, before it is sharded."""
+    wanted = getattr(torch, config.compute_dtype.name)
+    frozen = Counter(str(p.dtype) for p in model.parameters() if not p.requires_grad)
+    trained = Counter(str(p.dtype) for p in model.parameters() if p.requires_grad)
+    certificate.require(
+        "one dtype for the base, float32 for adapters",
+        set(frozen) == {str(wanted)} and set(trained) == {"torch.float32"},
+        f"base {_census(frozen)}; adapters {_census(trained)}",
+        "Don't upcast parts of the base (prepare_model_for_kbit_training does), and store 4 bits in the compute dtype.",
+    )
+    layers = [layer for _, layer in frozen_linears(model)]
+    four_bit = sum(layer.is_4bit for layer in layers)
+    certificate.require(
+        "the base is stored as asked",
+        four_bit == (len(layers) if config.quantization is Quantization.nf4 else 0),
+        f"{four_bit} of {len(layers)} adapted layers in 4 bits, model.quantization={config.quantization.name}",
+        "Load the base with its quantization config.",
+    )
+
+
+def check_placement(
+    certificate: Certificate, model: LaneModel, strategy: Strategy, whole_bytes: int, num_parts: int
+) -> None:
+    """Checks that each rank holds its part of the base and no more: FSDP has left 4-bit weights whole in silence."""
+    held = strategy.base_bytes(model)
+    whole = [n for n, p in model.named_parameters() if not p.requires_grad and not isinstance(p, DTensor)]
+    predicted = whole_bytes / num_parts
+    certificate.require(
+        "each rank holds its part of the base",
+        held <= predicted * 1.02 + 65536 and (num_parts == 1 or not whole),
+        f"{held:,} bytes a rank, {whole_bytes:,} in all, in {num_parts} parts; {len(whole)} tensors whole",
+        "The storage dtype must equal the compute dtype, or the sharding leaves the 4-bit weights out.",
+    )
+
+
+def check_rows(certificate: Certificate, lane: Lane) -> None:
+    """Checks that a lane has something to learn, the end of a record included."""
+    trained_BT, rows = np.asarray(lane.rows.trained_BT), lane.rows
+    share = float(trained_BT.mean())
+    certificate.require(
+        f"{lane.name}: tokens are trained",
+        bool(trained_BT.any()),
+        f"{int(trained_BT.sum()):,} of {trained_BT.size:,} slots ({share:.0%})",
+        "Check the records' responses and train.row_tokens.",
+    )
+    ends = int((trained_BT & (np.asarray(rows.tokens_BT) == rows.end_id)).sum())
+    certificate.require(
+        f"{lane.name}: the end token is trained",
+        ends > 0,
+        f"{ends:,} targets are the end token {rows.end_id}",
+        "A template must end each response with the tokenizer's end token, or the model never stops.",
+    )
+
+
+def check_loss(certificate: Certificate, stepper: Stepper, lane: Lane) -> None:
+    """Checks the loss in chunks against the model's own whole logits, on a real row."""
+    batch = {n: v.to(stepper.strategy.device) for n, v in tensors(lane.rows, np.array([0])).items()}
+    ours, whole = (float(_forward(stepper, batch, whole_logits=whole)) for whole in (False, True))
+    tolerance = 1e-4 if next(stepper.model.parameters()).dtype == torch.float32 else 2e-2
+    certificate.require(
+        f"{lane.name}: the loss is the model's own",
+        abs(ours - whole) <= tolerance * max(1.0, abs(whole)),
+        f"{ours:.6g} in chunks, {whole:.6g} of whole logits",
+        "This architecture changes logits after its head: name the config field in train/loss.py.",
+    )
+
+
+def check_no_leak(certificate: Certificate, stepper: Stepper, lane: Lane) -> None:
+    """Changes one segment of a real row and looks whether the loss of another one moves."""
+    row = _row_of_two(lane.rows)
+    name = f"{lane.name}: no attention between segments"
+    if row is None:
+        certificate.require(name, True, "no row has two segments that are trained", "")
+        return
+    first, second = lane.rows.segments_of(row)[:2]
+    batch = {n: v.to(stepper.strategy.device) for n, v in tensors(lane.rows, np.array([row])).items()}
+    start, length = int(second["start"]), int(second["length"])
+    batch["labels"][:, :start] = IGNORED
+    batch["labels"][:, start + length :] = IGNORED
+    before = float(_forward(stepper, batch))
+    other = _with_changed(batch, int(first["start"]), int(first["length"]))
+    own = _with_changed(batch, start, max(1, length - 1))
+    leak, moved = (abs(float(_forward(stepper, b)) - before) for b in (other, own))
+    certificate.require(
+        name,
+        leak <= 1e-3 * max(1.0, abs(before)) and moved > leak,
+        f"loss {before:.5g} moves by {leak:.2g} with the other segment, by {moved:.2g} with its own",
+        "Use an attention that keeps packed segments apart: model.attention=sdpa.",
+    )
+
+
+def _row_of_two(rows: Rows) -> int | None:
+    for row in range(min(rows.num_rows, 1000)):
+        segments = rows.segments_of(row)
+        if len(segments) >= 2:
+            part = slice(int(segments[1]["start"]), int(segments[1]["start"]) + int(segments[1]["length"]))
+            if np.asarray(rows.trained_BT[row, part]).any() and int(segments[1]["length"]) > 1:
+                return row
+    return None
+
+
+def _with_changed(batch: dict[str, torch.Tensor], start: int, length: int) -> dict[str, torch.Tensor]:
+    tokens = batch["input_ids"].clone()
+    part = tokens[:, start : start + length]
+    tokens[:, start : start + length] = (part + 1 + torch.arange(length, device=part.device) % 7) % 250
+    return batch | {"input_ids": tokens}
+
+
+def _forward(stepper: Stepper, batch: dict[str, torch.Tensor], whole_logits: bool = False) -> torch.Tensor:
+    """Returns the base's summed loss of one row, adapters and dropout out of the way."""
+    stepper.seating.rows = {}
+    stepper.model.eval()
+    with torch.no_grad():
+        nll_B: torch.Tensor = stepper.model(**batch, whole_logits=whole_logits)
+    stepper.model.train()
+    return nll_B.sum()
+
+
+class Watch:
+    """Watches one of the first two steps: each tensor has a gradient and moves.
+
+    At the first step of all, B is zero, so A has no gradient yet: it must move at the second.
+    """
+
+    def __init__(self, stepper: Stepper, step: int, is_first: bool) -> None:
+        self._lanes = [lane for lane in stepper.lanes if lane.is_active(step)]
+        self._wanted = ".lora_B." if is_first else ".lora_"
+        self._before = {
+            (lane.name, name): p.detach().clone() for lane in self._lanes for name, p in lane.parameters.items()
+        }
+
+    def check(self, certificate: Certificate) -> None:
+        """Notes whether the tensors that must have moved did."""
+        for lane in self._lanes:
+            named = {n: p for n, p in lane.parameters.items() if self._wanted in n and p.grad is not None}
+            still = [n for n, p in named.items() if torch.equal(p, self._before[lane.name, n])]
+            dead = [n for n, p in named.items() if not bool(p.grad.any())]  # type: ignore[union-attr]
+            bad = sorted({*still, *dead})
+            certificate.require(
+                f"{lane.name}: every tensor learns",
+                not bad and bool(named),
+                f"{len(named) - len(bad)} of {len(named)} tensors have a gradient and moved"
+                + (f"; not {', '.join(bad[:3])}" if bad else ""),
+                "Gradients don't reach the adapters: use non-reentrant activation checkpointing, freeze no adapter.",
+            )
+
+
+def base_fingerprint(model: LaneModel) -> list[int]:
+    """Returns two checksums of this rank's bytes of the base, computed where they lie."""
+    plain, placed = 0, 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        data = local.detach().contiguous().view(-1).view(torch.uint8)
+        for start in range(0, data.numel(), 1 << 24):
+            part = data[start : start + (1 << 24)].to(torch.int64)
+            plain += int(part.sum())
+            placed = (placed * 31 + int((part * torch.arange(1, part.numel() + 1, device=part.device)).sum())) % (2**61)
+    return [plain, placed]
+
+
+def _census(found: Counter[str]) -> str:
+    return ", ".join(f"{count} {dtype.removeprefix('torch.')}" for dtype, count in sorted(found.items())) or "none"

@@ -1,0 +1,53 @@
+"""`ddp`: every rank holds the whole frozen base, and one message a step sums the adapters' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qlora_dist.runtime import device, rank, world_size
+from qlora_dist.train.loss import LaneModel
+
+
+class ReplicatedBase:
+    """The base whole on each rank. With one process it is plain training, and nothing is sent."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size, self.device = rank(), world_size(), device()
+
+    def prepare(self, model: LaneModel) -> None:
+        """Leaves the base as it is."""
+
+    def sum_over_ranks(self, values: list[torch.Tensor]) -> None:
+        """Replaces each tensor by its sum over all ranks, in one float32 message."""
+        if self.world_size == 1:
+            return
+        flat = torch.cat([v.flatten().float() for v in values])
+        dist.all_reduce(flat)
+        _spread(flat, values)
+
+    def broadcast(self, values: list[torch.Tensor]) -> None:
+        """Replaces each tensor by rank 0's."""
+        if self.world_size == 1:
+            return
+        for value in values:
+            dist.broadcast(value, src=0)
+
+    def base_bytes(self, model: LaneModel) -> int:
+        """Returns the bytes of the base's weights that this rank holds."""
+        return sum(p.numel() * p.element_size() for p in frozen_parameters(model))
+
+
+def frozen_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the parameters of the base."""
+    return (p for p in model.parameters() if not p.requires_grad)
+
+
+def _spread(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
+    first = 0
+    for value in values:
+        value.copy_(flat[first : first + value.numel()].view_as(value))
+        first += value.numel()
