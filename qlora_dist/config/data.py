@@ -55,13 +55,16 @@ class LongRecords(Enum):
 class SourceConfig:
     """One place records come from: a file, a folder, a glob, a Hugging Face dataset id, or `installed:<corpus>`.
 
-    `fields` maps the names that a kind wants to the source's own columns, e.g. `{response: answer}`.
+    `fields` maps the names that a kind wants to the source's own columns, e.g. `{response: answer}`. Running text is
+    divided at blank lines into passages of at least `passage_chars`, each a record (0: the text is one record).
+    `subset`, `split` and `revision` are for hub datasets. `licence` is carried to the rows and the report.
     """
 
     path: str = execution("???")
     weight: float = setting(1.0, above=0, at_most=100)
     kind: Kind = setting(Kind.auto)
     fields: dict[str, str] = setting(dict)
+    passage_chars: int = setting(0, at_least=0)
     licence: str = ""
     subset: str = execution("")
     split: str = execution("train")

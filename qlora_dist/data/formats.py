@@ -1,15 +1,21 @@
-"""A file becomes raw examples, one by one: JSON lines, JSON, Parquet, CSV, text; plain, gzip or zstd."""
+"""A file becomes raw examples, one by one: JSON lines, JSON, Parquet, CSV, text; plain, gzip or zstd.
+
+Nothing here holds more than one example and a buffer.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from qlora_dist.data.json_stream import JsonStream, MalformedError
 from qlora_dist.data.record import Reject
 
 Example = tuple[int, Any]
@@ -17,6 +23,14 @@ Example = tuple[int, Any]
 
 MAX_EXAMPLE_BYTES = 64 * 2**20
 """A single example that is longer is rejected, not read into memory."""
+
+DOCUMENT_CHARS = 2**22
+"""A text file is one document; of a longer one, each such stretch (up to a line end) is."""
+
+UNREADABLE = "unreadable file"
+"""The reason of a reject that stands for the rest of a file."""
+
+COMPRESSED = (".gz", ".zst")
 
 
 def suffix(path: Path) -> str:
@@ -28,13 +42,14 @@ def suffix(path: Path) -> str:
 def read_examples(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
     """Yields the raw examples of a file, and a reject for each piece of it that can't be read.
 
-    Only JSON lines can be read from `start` to `end`, which stand at line ends; the others are read whole.
+    Only plain JSON lines can be read from byte `start` to `end`, which stand at line ends; other files are read whole.
     """
     reader = READERS[suffix(path)]
     try:
         yield from reader(path, start, end)
-    except (OSError, EOFError, ValueError, csv.Error, RecursionError) as error:
-        yield Reject(file=str(path), line=0, reason="unreadable file", detail=str(error)[:200])
+    except (OSError, EOFError, ValueError, csv.Error, zlib.error, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        yield Reject(file=str(path), line=0, reason=UNREADABLE, detail=reason)
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -49,43 +64,41 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def _json_lines(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
+    left = end - start if end and path.suffix not in COMPRESSED else None
     with open_bytes(path) as file:
         number = _skip_to(file, start)
-        at = start
-        while True:
+        while left is None or left > 0:
             line = file.readline(MAX_EXAMPLE_BYTES + 1)
             if not line:
                 return
             number += 1
-            at += len(line)
-            if len(line) > MAX_EXAMPLE_BYTES and not line.endswith(b"\n"):
-                at += _skip_line(file)
-                wanted = f"more than {MAX_EXAMPLE_BYTES >> 20} MiB"
-                yield Reject(file=str(path), line=number, reason="line too long", detail=wanted)
+            size = len(line)
+            if size > MAX_EXAMPLE_BYTES and not line.endswith(b"\n"):
+                size += _skip_line(file)
+                detail = f"more than {MAX_EXAMPLE_BYTES >> 20} MiB"
+                yield Reject(file=str(path), line=number, reason="line too long", detail=detail)
             elif line.strip():
                 yield _parsed(path, number, line)
-            if end and at >= end and path.suffix not in COMPRESSED:
-                return
+            left = left - size if left is not None else None
 
 
 def _parsed(path: Path, number: int, line: bytes) -> Example | Reject:
+    reason, detail = "broken JSON", "nested too deep"
     try:
-        return number, json.loads(line)
+        return number, json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Reject(file=str(path), line=number, reason="not UTF-8", detail=str(error)[:120])
+        reason, detail = "not UTF-8", str(error)[:120]
     except RecursionError:
-        return Reject(file=str(path), line=number, reason="broken JSON", detail="nested too deep")
+        pass
     except ValueError as error:
-        return Reject(file=str(path), line=number, reason="broken JSON", detail=str(error)[:120])
+        detail = str(error)[:120]
+    return Reject(file=str(path), line=number, reason=reason, detail=detail)
 
 
 def _skip_to(file: BinaryIO, start: int) -> int:
     """Moves to byte `start` and returns the number of lines before it."""
     number = 0
-    while start > 0:
-        block = file.read(min(start, 2**24))
-        if not block:
-            break
+    while start > 0 and (block := file.read(min(start, 2**24))):
         number += block.count(b"\n")
         start -= len(block)
     return number
@@ -101,15 +114,28 @@ def _skip_line(file: BinaryIO) -> int:
 
 
 def _json(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
+    """Yields the entries of a JSON array (also one named `data`), or the one value, or JSON lines so named."""
     with open_bytes(path) as file:
+        is_lines = _is_object(file.readline(MAX_EXAMPLE_BYTES))
+    if is_lines:
+        yield from _json_lines(path, 0, 0)
+        return
+    with open_bytes(path) as file:
+        stream = JsonStream(codecs.getreader("utf-8-sig")(file), MAX_EXAMPLE_BYTES)
+        number = 0
         try:
-            value = json.load(file)
-        except ValueError:  # JSON lines under another name
-            yield from _json_lines(path, 0, 0)
-            return
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
-    yield from enumerate(value if isinstance(value, list) else [value], start=1)
+            for number, value in enumerate(stream.entries(), start=1):
+                yield number, value
+        except MalformedError as error:
+            detail = f"entry {number + 1}: {str(error)[:120]}"
+            yield Reject(file=str(path), line=number + 1, reason=UNREADABLE, detail=detail)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parquet(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
@@ -117,7 +143,7 @@ def _parquet(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
 
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
+        for batch in file.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
@@ -129,26 +155,32 @@ def _csv(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
         rows = csv.DictReader(file)
         for row in rows:
             if None in row or None in row.values():
-                wanted = f"{len(rows.fieldnames or [])} columns"
-                yield Reject(file=str(path), line=rows.line_num, reason="wrong columns", detail=f"expected {wanted}")
+                detail = f"expected {len(rows.fieldnames or [])}"
+                yield Reject(file=str(path), line=rows.line_num, reason="wrong number of columns", detail=detail)
             else:
                 yield rows.line_num, row
 
 
 def _text(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
-    with open_bytes(path) as file:
-        raw = file.read()
-    try:
-        yield 1, raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield Reject(file=str(path), line=1, reason="not UTF-8", detail=str(error)[:120])
+    line = 1
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
+        try:
+            while document := file.read(DOCUMENT_CHARS):
+                if len(document) == DOCUMENT_CHARS:
+                    document += file.readline(DOCUMENT_CHARS)
+                if document.strip():
+                    yield line, document
+                line += document.count("\n")
+        except UnicodeDecodeError as error:
+            yield Reject(file=str(path), line=line, reason="not UTF-8", detail=str(error)[:120])
 
 
-COMPRESSED = (".gz", ".zst")
 READERS: dict[str, Callable[[Path, int, int], Iterator[Example | Reject]]] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
     ".parquet": _parquet,
     ".csv": _csv,
     ".txt": _text,
+    ".md": _text,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from qlora_dist.config.data import Kind
@@ -32,7 +33,7 @@ ROLES = {
 """Roles of OpenAI and ShareGPT conversations, by the names that chat templates know."""
 
 
-class Unusable(Exception):
+class UnusableError(Exception):
     """An example that can't become a record: `reason` is counted, `detail` is shown."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -49,12 +50,12 @@ def make_record(raw: Any, kind: Kind = Kind.auto, fields: Mapping[str, str] | No
         fields: the source's own names of the fields, e.g. `{"response": "answer_text"}`.
 
     Raises:
-        Unusable: if it has no known kind, or a field is absent, empty or of the wrong type.
+        UnusableError: if it has no known kind, or a field is absent, empty or of the wrong type.
     """
     if isinstance(raw, str):
         raw = {"text": raw}
     if not isinstance(raw, Mapping):
-        raise Unusable("not an object", f"expected a JSON object, found {type(raw).__name__}")
+        raise UnusableError("not an object", f"expected a JSON object, found {type(raw).__name__}")
     known = _known_fields(raw, fields or {})
     kind = detect(known) if kind is Kind.auto else kind
     return MAKERS[kind](known)
@@ -64,7 +65,7 @@ def detect(known: Raw) -> Kind:
     """Tells the kind by which fields are there.
 
     Raises:
-        Unusable: if no kind has these fields.
+        UnusableError: if no kind has these fields.
     """
     has = {name for name, value in known.items() if value is not None}
     wanted = (
@@ -79,7 +80,7 @@ def detect(known: Raw) -> Kind:
     for kind, names in wanted:
         if names <= has:
             return kind
-    raise Unusable("unknown fields", f"found {', '.join(sorted(has)[:8]) or 'none'}")
+    raise UnusableError("unknown fields", f"found {', '.join(sorted(has)[:8]) or 'none'}")
 
 
 def _known_fields(raw: Raw, fields: Mapping[str, str]) -> dict[str, Any]:
@@ -98,15 +99,15 @@ def _string(known: Raw, name: str, *, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if value is None:
-        raise Unusable("absent field", name)
+        raise UnusableError("absent field", name)
     if isinstance(value, list) and name == "context" and all(isinstance(v, str) for v in value):
         value = "\n\n".join(value)
     if isinstance(value, (bool, int, float)) and name == "label":
         value = str(value)
     if not isinstance(value, str):
-        raise Unusable("wrong type", f"{name}: expected text, found {type(value).__name__}")
+        raise UnusableError("wrong type", f"{name}: expected text, found {type(value).__name__}")
     if not optional and not value.strip():
-        raise Unusable("empty field", name)
+        raise UnusableError("empty field", name)
     return value
 
 
@@ -118,7 +119,7 @@ def _instruction(known: Raw) -> Record:
     asked, given = _string(known, "instruction", optional=True), _string(known, "input", optional=True)
     prompt = "\n\n".join(part for part in (asked, given) if part.strip())
     if not prompt:
-        raise Unusable("empty field", "instruction")
+        raise UnusableError("empty field", "instruction")
     return _answered("instruction", known, prompt, _string(known, "response"))
 
 
@@ -155,7 +156,7 @@ def _preference(known: Raw) -> Record:
         prompt = [{"role": "user", "content": _string(known, "instruction")}]
     chosen, rejected = _answer(known, "chosen", prompt), _answer(known, "rejected", prompt)
     if chosen[:-1] != rejected[:-1]:
-        raise Unusable("wrong turns", "chosen and rejected answer different prompts")
+        raise UnusableError("wrong turns", "chosen and rejected answer different prompts")
     return Record(kind="preference", messages=_checked_turns(chosen), rejected=rejected[-1]["content"])
 
 
@@ -166,45 +167,46 @@ def _answer(known: Raw, name: str, prompt: list[Message]) -> list[Message]:
     else:
         turns = [*prompt, {"role": "assistant", "content": _string(known, name)}]
     if turns[-1]["role"] != "assistant":
-        raise Unusable("wrong turns", f"{name} ends with {turns[-1]['role']}, not with assistant")
+        raise UnusableError("wrong turns", f"{name} ends with {turns[-1]['role']}, not with assistant")
     return turns
 
 
 def _messages(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise Unusable("wrong type" if not isinstance(value, list) else "empty field", name)
+        raise UnusableError("wrong type" if not isinstance(value, list) else "empty field", name)
     return [_message(turn, f"{name}[{i}]") for i, turn in enumerate(value)]
 
 
 def _message(turn: Any, name: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise Unusable("wrong type", f"{name}: expected an object, found {type(turn).__name__}")
+        raise UnusableError("wrong type", f"{name}: expected an object, found {type(turn).__name__}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if isinstance(content, list):  # OpenAI's list of content parts
         pieces = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        content = "".join(pieces) if all(isinstance(p, str) for p in pieces) else content
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        content = "".join(texts) if len(texts) == len(pieces) else content
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise Unusable("unknown role", f"{name}: {str(role)[:40]}")
+        raise UnusableError("unknown role", f"{name}: {str(role)[:40]}")
     if not isinstance(content, str):
-        raise Unusable("wrong type", f"{name}: expected text, found {type(content).__name__}")
+        raise UnusableError("wrong type", f"{name}: expected text, found {type(content).__name__}")
     return {"role": ROLES[role.lower()], "content": content}
 
 
 def _checked_turns(messages: list[Message]) -> list[Message]:
     roles = [m["role"] for m in messages]
     if "assistant" not in roles:
-        raise Unusable("no answer", "no assistant turn")
+        raise UnusableError("no answer", "no assistant turn")
     if "system" in roles[1:]:
-        raise Unusable("wrong turns", "a system turn that isn't the first")
+        raise UnusableError("wrong turns", "a system turn that isn't the first")
     if next(r for r in roles if r != "system") == "assistant":
-        raise Unusable("wrong turns", "the first turn is the assistant's")
-    if any(a == b for a, b in zip(roles, roles[1:], strict=False) if a != "tool"):
-        raise Unusable("wrong turns", "two turns of one role in a row")
+        raise UnusableError("wrong turns", "the first turn is the assistant's")
+    if any(a == b for a, b in pairwise(roles) if a != "tool"):
+        raise UnusableError("wrong turns", "two turns of one role in a row")
     while roles[-1] != "assistant":  # a question nobody answers teaches nothing
         roles.pop()
     messages = messages[: len(roles)]
     if any(not m["content"].strip() for m in messages if m["role"] == "assistant"):
-        raise Unusable("empty field", "an assistant turn")
+        raise UnusableError("empty field", "an assistant turn")
     return messages
 
 

@@ -1,58 +1,49 @@
-"""Copies are found by MinHash LSH over the records' signatures, with a few bytes of memory a record."""
+"""Copies are found by MinHash LSH over the records' signatures, with some 50 bytes of memory a record.
+
+N records, P pairs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 
+from qlora_dist.data.signatures import NUM_HASHES, Index
 from qlora_dist.data.words import mix
 
-LEADERS = 16
-"""In a bucket, each record is compared with at most this many earlier ones."""
+NEIGHBOURS = 16
+"""In a bucket, a record is compared with this many before it."""
+
+COMPARED_AT_ONCE = 2**14
 
 
 def exact_copies(words: np.ndarray) -> np.ndarray:
-    """Returns for each record the first one with the same words: itself where there is none."""
+    """Returns for each record [N] the first one with the same words; -1 for that one itself."""
     _, first, inverse = np.unique(words, return_index=True, return_inverse=True)
-    return np.asarray(first[inverse])
+    earlier = first[inverse]
+    earlier[earlier == np.arange(len(words))] = -1
+    return np.asarray(earlier)
 
 
-def near_pairs(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """Returns pairs [P, 2] (later, earlier) of records whose estimated Jaccard similarity is at least `threshold`.
+def near_copies(index: Index, copy_of: np.ndarray, threshold: float, scratch: Path) -> np.ndarray:
+    """Returns for each record [N] an earlier one that it is a copy of, near ones included; -1 where there is none.
 
-    Candidates share a band of the signature (Leskovec et al., Mining of Massive Datasets, 3.4); the share of equal
-    hashes then decides. Pairs are sorted.
+    A record's fate depends on earlier records alone, so what is appended to a corpus changes nothing before it.
+    What is kept holds no two records that are near.
     """
-    rows = band_rows(threshold, signatures.shape[1])
-    found = [np.zeros((0, 2), dtype=np.int64)]
-    for start in range(0, signatures.shape[1] - rows + 1, rows):
-        found.append(_band_pairs(signatures, start, rows, threshold))
-    return np.unique(np.concatenate(found), axis=0)
+    copy_of = copy_of.copy()
+    for later, earlier in near_pairs(index, copy_of, threshold, scratch):
+        order = np.lexsort((earlier, later))
+        first = np.flatnonzero(np.diff(later[order], prepend=-1))
+        copy_of[later[order][first]] = earlier[order][first]
+    return copy_of
 
 
-def band_rows(threshold: float, num_hashes: int) -> int:
-    """Returns the most rows a band can have so that a pair at the threshold is missed once in a thousand times."""
-    for rows in range(16, 1, -1):
-        if 1 - (1 - threshold**rows) ** (num_hashes // rows) >= 0.999:
-            return rows
-    return 1
-
-
-def keep_first(num_records: int, pairs: np.ndarray) -> np.ndarray:
-    """Returns for each record the earlier kept one that it is near to: itself where it is kept.
-
-    Records are taken in order, so that a record's fate depends on earlier ones alone: what is appended to a corpus
-    never changes what was kept before.
-    """
-    owner = np.arange(num_records)
-    for later, earlier in pairs.tolist():
-        if owner[later] == later and owner[earlier] == earlier:
-            owner[later] = earlier
-    return owner
-
-
-def clusters(num_records: int, pairs: np.ndarray) -> np.ndarray:
-    """Returns for each record the first one of its connected cluster."""
-    parent = list(range(num_records))
+def clusters(index: Index, copy_of: np.ndarray, threshold: float, scratch: Path) -> np.ndarray:
+    """Returns for each record [N] the first one of its cluster: all that near-copies link, one by one."""
+    parent = np.where(copy_of < 0, np.arange(len(copy_of)), copy_of).tolist()
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -60,32 +51,63 @@ def clusters(num_records: int, pairs: np.ndarray) -> np.ndarray:
             i = parent[i]
         return i
 
-    for later, earlier in pairs.tolist():
-        a, b = root(later), root(earlier)
-        parent[max(a, b)] = min(a, b)
-    return np.array([root(i) for i in range(num_records)], dtype=np.int64)
+    for later, earlier in near_pairs(index, copy_of, threshold, scratch):
+        for a, b in zip(later.tolist(), earlier.tolist(), strict=True):
+            first, second = sorted((root(a), root(b)))
+            parent[second] = first
+    return np.array([root(i) for i in range(len(parent))], dtype=np.int64)
 
 
-def _band_pairs(signatures: np.ndarray, start: int, rows: int, threshold: float) -> np.ndarray:
-    key = np.zeros(len(signatures), dtype=np.uint64)
-    for column in range(start, start + rows):
-        key = mix(key ^ signatures[:, column].astype(np.uint64))
-    order = np.lexsort((np.arange(len(key)), key))
-    sorted_key = key[order]
-    pairs = []
-    for distance in range(1, LEADERS + 1):
-        same = np.flatnonzero(sorted_key[distance:] == sorted_key[:-distance]) if distance < len(key) else []
-        if not len(same):
-            break
-        earlier, later = order[same], order[np.asarray(same) + distance]
-        near = _similarity(signatures, earlier, later) >= threshold
-        pairs.append(np.stack([later[near], earlier[near]], axis=1))
-    return np.concatenate(pairs) if pairs else np.zeros((0, 2), dtype=np.int64)
+def near_pairs(
+    index: Index, copy_of: np.ndarray, threshold: float, scratch: Path
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields pairs ([P] later, [P] earlier) whose estimated Jaccard similarity is at least `threshold`, band by band.
+
+    Candidates share a band of the signature (Leskovec et al., Mining of Massive Datasets, 3.4); the share of equal
+    hashes then decides. Records that `copy_of` calls copies by then are left out: it may be filled in meanwhile.
+    """
+    rows = band_rows(threshold)
+    for band in _write_bands(index, rows, scratch):
+        key = np.fromfile(band, dtype=np.uint64)
+        band.unlink()
+        open_ = np.flatnonzero(copy_of < 0)
+        order = open_[np.argsort(key[open_], kind="stable")]
+        key = key[order]
+        for distance in range(1, min(NEIGHBOURS, len(key) - 1) + 1):
+            same = np.flatnonzero(key[distance:] == key[:-distance])
+            if not len(same):
+                break
+            earlier, later = order[same], order[same + distance]
+            near = _similarity(index, earlier, later) >= threshold
+            if near.any():
+                yield later[near], earlier[near]
 
 
-def _similarity(signatures: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def band_rows(threshold: float) -> int:
+    """Returns the most rows a band can have so that a pair at the threshold is missed once in a thousand times."""
+    fitting = (r for r in range(16, 1, -1) if (1 - threshold**r) ** (NUM_HASHES // r) <= 1e-3)
+    return next(fitting, 1)
+
+
+def _write_bands(index: Index, rows: int, scratch: Path) -> list[Path]:
+    """Writes the key of each record in each band to a file a band, in one pass over the signatures."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    paths = [scratch / f"band-{i}" for i in range(NUM_HASHES // rows)]
+    files = [path.open("wb") for path in paths]
+    for _, entries in index.chunks():
+        for i, file in enumerate(files):
+            key = np.full(len(entries), i, dtype=np.uint64)
+            for column in range(i * rows, (i + 1) * rows):
+                key = mix(key ^ entries["signature"][:, column].astype(np.uint64))
+            file.write(key.tobytes())
+    for file in files:
+        file.close()
+    return paths
+
+
+def _similarity(index: Index, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     shares = np.zeros(len(a))
-    for start in range(0, len(a), 65536):
-        part = slice(start, start + 65536)
-        shares[part] = (signatures[a[part]] == signatures[b[part]]).mean(axis=1)
+    for start in range(0, len(a), COMPARED_AT_ONCE):
+        part = slice(start, start + COMPARED_AT_ONCE)
+        shares[part] = (index.signatures(a[part]) == index.signatures(b[part])).mean(axis=1)
     return shares

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
+
+BATCH_RECORDS, BATCH_CHARS = 512, 2**22
+"""Batches hold at most this much, so that memory stays small whatever the records are."""
 
 
 class Message(TypedDict):
@@ -87,3 +90,17 @@ def read_records(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         for line in file:
             yield parse_record(line)
+
+
+def in_batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yields records in lists that are small in number and in text."""
+    batch: list[Record] = []
+    chars = 0
+    for record in records:
+        batch.append(record)
+        chars += sum(map(len, record.parts()))
+        if len(batch) >= BATCH_RECORDS or chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch

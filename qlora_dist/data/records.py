@@ -5,53 +5,53 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
+from qlora_dist.config.data import SourceConfig
 from qlora_dist.config.stages import RecordsConfig
-from qlora_dist.data import installed
-from qlora_dist.data.clean import Dropped, clean
-from qlora_dist.data.formats import read_examples
-from qlora_dist.data.kinds import Unusable, make_record
-from qlora_dist.data.record import Record, Reject
+from qlora_dist.data.clean import DroppedError, clean, passages
+from qlora_dist.data.kinds import UnusableError, make_record
+from qlora_dist.data.record import Record, Reject, in_batches
 from qlora_dist.data.signatures import INDEX, index_entries
-from qlora_dist.data.sources import HUB, INSTALLED, Piece
+from qlora_dist.data.sources import Piece, read_piece
 from qlora_dist.runtime import Facts, write_json
 
 RECORDS, REJECTS, COUNTS = "records.jsonl", "rejects.jsonl", "counts.json"
-BATCH_RECORDS = 512
 
 
 def write_records(config: RecordsConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
     """Reads one part of a domain's sources into `records.jsonl`, `rejects.jsonl` and `index.bin`.
 
-    Line i of the records has entry i of the index. Whether too many were rejected is judged over all parts, by
+    Line i of the records has entry i of the index. Whether too many examples were broken is judged over all parts, by
     stage `splits`.
     """
     counts: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
+    by: dict[str, Counter[str]] = {"kinds": Counter(), "reasons": Counter(), "replaced": Counter()}
     with (
         (out / RECORDS).open("w", encoding="utf-8") as kept,
         (out / REJECTS).open("w", encoding="utf-8") as rejects,
         (out / INDEX).open("wb") as index,
     ):
-        for batch in _batches(_records(config)):
-            records = [item for item in batch if isinstance(item, Record)]
-            for item in batch:
-                if isinstance(item, Reject):
-                    rejects.write(item.to_line())
-                    counts["broken" if item.broken else "dropped"] += 1
-                    counts[f"reason {item.reason}"] += 1
-            if records:
-                index.write(index_entries(records).tobytes())
-            for record in records:
+
+        def usable() -> Iterator[Record]:
+            for item in _records(config, by["replaced"]):
+                if isinstance(item, Record):
+                    yield item
+                    continue
+                rejects.write(item.to_line())
+                counts["broken" if item.broken else "dropped"] += 1
+                by["reasons"][item.reason] += 1
+
+        for batch in in_batches(usable()):
+            index.write(index_entries(batch).tobytes())
+            for record in batch:
                 kept.write(record.to_line())
                 counts["kept"] += 1
-                counts["bytes"] += len(record.whole().encode())
-                kinds[record.kind] += 1
-    reasons = {name.removeprefix("reason "): n for name, n in sorted(counts.items()) if name.startswith("reason ")}
+                counts["bytes"] += sum(len(part.encode()) for part in record.parts())
+                by["kinds"][record.kind] += 1
     facts: Facts = {name: counts[name] for name in ("kept", "broken", "dropped", "bytes")}
-    facts |= {"kinds": dict(sorted(kinds.items())), "reasons": reasons}
+    facts |= {name: dict(sorted(counter.items())) for name, counter in by.items()}
     write_json(out / COUNTS, facts)
     return facts
 
@@ -62,38 +62,39 @@ def read_counts(folder: Path) -> Facts:
     return facts
 
 
-def _batches(items: Iterator[Record | Reject]) -> Iterator[list[Record | Reject]]:
-    while batch := list(islice(items, BATCH_RECORDS)):
-        yield batch
-
-
-def _records(config: RecordsConfig) -> Iterator[Record | Reject]:
+def _records(config: RecordsConfig, replaced: Counter[str]) -> Iterator[Record | Reject]:
     for text in config.files:
         piece = Piece.parse(text)
         source = config.source.sources[piece.source]
-        for item in _examples(piece):
+        for item in read_piece(piece, source):
             if isinstance(item, Reject):
                 yield item
                 continue
             file, line, raw = item
             try:
-                record = clean(make_record(raw, source.kind, source.fields), config.source.clean)
-            except Unusable as error:
-                broken = not isinstance(error, Dropped)
-                yield Reject(file=file, line=line, reason=error.reason, detail=error.detail, broken=broken)
+                whole = make_record(raw, source.kind, source.fields)
+            except UnusableError as error:
+                yield Reject(file=file, line=line, reason=error.reason, detail=error.detail)
                 continue
-            record.file, record.line, record.source = file, line, piece.source
-            record.weight, record.licence = source.weight, source.licence
-            record.id = record.content_id()
-            yield record
+            whole.file, whole.line, whole.source = file, line, piece.source
+            for record in _passages(whole, source):
+                yield _cleaned(record, source, config, replaced)
 
 
-def _examples(piece: Piece) -> Iterator[installed.Example | Reject]:
-    if piece.path.startswith(INSTALLED):
-        yield from installed.CORPORA[piece.path.removeprefix(INSTALLED)]()
-    elif piece.path.startswith(HUB):
-        yield from ()
-    else:
-        path = Path(piece.path)
-        for item in read_examples(path, piece.start, piece.end):
-            yield item if isinstance(item, Reject) else (path.name, *item)
+def _passages(record: Record, source: SourceConfig) -> Iterator[Record]:
+    if not record.text or not source.passage_chars:
+        yield record
+        return
+    for passage in passages(record.text, source.passage_chars):
+        yield replace(record, text=passage)
+
+
+def _cleaned(record: Record, source: SourceConfig, config: RecordsConfig, replaced: Counter[str]) -> Record | Reject:
+    try:
+        clean(record, config.source.clean, replaced)
+    except UnusableError as error:
+        broken = not isinstance(error, DroppedError)
+        return Reject(file=record.file, line=record.line, reason=error.reason, detail=error.detail, broken=broken)
+    record.weight, record.licence = source.weight, record.licence or source.licence
+    record.id = record.content_id()
+    return record

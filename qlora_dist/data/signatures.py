@@ -1,8 +1,9 @@
-"""Each record has an index entry: its id, the hash of its words, and a MinHash signature of its 5-word runs."""
+"""Each record has an index entry: its id, a hash of its words, and a MinHash signature of its 5-word runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +15,69 @@ NUM_HASHES = 128
 SHINGLE_WORDS = 5
 SEED = 20_481
 INDEX = "index.bin"
+CHUNK = 2**15
 ENTRY = np.dtype([("id", "<u8"), ("words", "<u8"), ("signature", "<u4", (NUM_HASHES,))])
 """One entry of `index.bin`; entry i belongs to line i of `records.jsonl`."""
 
 
-def index_entries(records: Sequence[Record], seed: int = SEED) -> np.ndarray:
+def index_entries(records: Sequence[Record]) -> np.ndarray:
     """Returns the entries of these records (MinHash: Broder 1997; signatures by rensa)."""
     from rensa import RMinHash
 
     entries = np.zeros(len(records), dtype=ENTRY)
     entries["id"] = [int(record.id, 16) for record in records]
     words = [word_hashes(record.whole()) for record in records]
-    entries["words"] = [_one_hash(w) for w in words]
+    entries["words"] = [_hash_of(w) for w in words]
     grams = [gram_hashes(w, SHINGLE_WORDS) for w in words]
     offsets = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), offsets, NUM_HASHES, seed)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), offsets, NUM_HASHES, SEED)
     entries["signature"] = np.array(matrix.to_rows(), dtype=np.uint32)
     return entries
 
 
-def read_index(folder: Path) -> np.ndarray:
-    """Memory-maps the index of a part."""
-    path = folder / INDEX
-    if not path.stat().st_size:
-        return np.zeros(0, dtype=ENTRY)
-    return np.memmap(path, dtype=ENTRY, mode="r")
+class Index:
+    """The entries of all parts of a domain, in order; signatures stay on disk."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._files = [(folder / INDEX).open("rb") for folder in folders]
+        lengths = [os.fstat(file.fileno()).st_size // ENTRY.itemsize for file in self._files]
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        heads = [entries[["id", "words"]].copy() for _, entries in self.chunks()]
+        self.ids = np.concatenate([np.zeros(0, dtype="<u8"), *(head["id"] for head in heads)])
+        self.words = np.concatenate([np.zeros(0, dtype="<u8"), *(head["words"] for head in heads)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the entries a few at a time, with the number of the first."""
+        start = 0
+        for file in self._files:
+            file.seek(0)
+            while len(entries := np.frombuffer(file.read(CHUNK * ENTRY.itemsize), dtype=ENTRY)):
+                yield start, entries
+                start += len(entries)
+
+    def signatures(self, records: np.ndarray) -> np.ndarray:
+        """Reads the signatures of these records [N] into an array [N, NUM_HASHES]."""
+        numbers, inverse = np.unique(records, return_inverse=True)
+        found = np.zeros((len(numbers), NUM_HASHES), dtype=np.uint32)
+        parts = np.searchsorted(self._ends, numbers, side="right")
+        skipped = np.append(0, self._ends)[parts]
+        head = ENTRY.itemsize - 4 * NUM_HASHES
+        for i, (part, number) in enumerate(zip(parts.tolist(), (numbers - skipped).tolist(), strict=True)):
+            raw = os.pread(self._files[part].fileno(), 4 * NUM_HASHES, number * ENTRY.itemsize + head)
+            found[i] = np.frombuffer(raw, dtype="<u4")
+        return found[inverse]
+
+    def close(self) -> None:
+        """Closes its files."""
+        for file in self._files:
+            file.close()
 
 
-def _one_hash(words: np.ndarray) -> np.uint64:
-    positions = mix(np.arange(1, len(words) + 1, dtype=np.uint64))
-    return np.uint64(mix(np.array([(words * (positions | np.uint64(1))).sum(dtype=np.uint64)]))[0])
+def _hash_of(words: np.ndarray) -> np.uint64:
+    """Returns one hash of a sequence of words: a polynomial with scattered coefficients."""
+    places = mix(np.arange(1, len(words) + 1, dtype=np.uint64)) | np.uint64(1)
+    total = (words * places).sum(dtype=np.uint64)
+    return np.uint64(mix(np.array([total ^ np.uint64(len(words))], dtype=np.uint64))[0])

@@ -7,17 +7,21 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_dist.config.data import DomainConfig, SourceConfig
 from qlora_dist.data import installed
-from qlora_dist.data.formats import COMPRESSED, READERS, suffix
+from qlora_dist.data.formats import COMPRESSED, READERS, read_examples, suffix
+from qlora_dist.data.record import Reject
 from qlora_dist.errors import DataError, bad_value, nearest
+from qlora_dist.runtime import log
 
 INSTALLED, HUB = "installed:", "hub:"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 REMEMBERED_BYTES = 32 * 2**20
 """Pieces of files above this size have their digest remembered between plans."""
 
@@ -44,11 +48,6 @@ class Piece:
         source, _, path = head.partition(":")
         start, _, end = span.partition("-")
         return cls(int(source), path, int(start), int(end))
-
-    @property
-    def is_file(self) -> bool:
-        """Says whether it is a file of this machine."""
-        return not self.path.startswith((INSTALLED, HUB))
 
 
 def plan_parts(domain: DomainConfig) -> list[list[str]]:
@@ -77,58 +76,81 @@ def leaf_digest(files: Sequence[str]) -> str:
     """Returns a digest of the bytes that a part reads, whatever its files are called.
 
     Hub datasets are known by id, subset, split and revision; installed corpora by the texts themselves (licences) or
-    by the Python version they come with.
+    by the Python version that they come with. Digests of large files are remembered by size and time of change.
     """
     digests = [_digest(Piece.parse(text)) for text in files]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def files_of(source: SourceConfig) -> list[Path]:
-    """Returns the files of a local source, sorted by path; unknown file types in a folder or glob are left out.
+def read_piece(piece: Piece, source: SourceConfig) -> Iterator[installed.Example | Reject]:
+    """Yields file, line and raw example of all that a piece holds; a reject for what can't be read."""
+    if piece.path.startswith(INSTALLED):
+        yield from installed.CORPORA[piece.path.removeprefix(INSTALLED)]()
+    elif piece.path.startswith(HUB):
+        yield from _read_hub(source)
+    else:
+        path = Path(piece.path)
+        for item in read_examples(path, piece.start, piece.end):
+            yield item if isinstance(item, Reject) else (path.name, *item)
+
+
+def files_of(source: SourceConfig, key: str = "path") -> list[Path]:
+    """Returns the files of a local source, sorted by path; of a folder or glob, those of a known type.
 
     Raises:
         ConfigError: if nothing readable is there.
     """
-    path = os.path.expanduser(source.path)
-    if os.path.isdir(path):
-        found = [p for p in Path(path).rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path))]
-    elif glob.has_magic(path) and not os.path.exists(path):
-        found = [Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path))]
+    elif glob.has_magic(source.path) and not path.exists():
+        found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]  # noqa: PTH207 - absolute
     else:
-        found = [Path(path)] if os.path.isfile(path) else []
+        found = [path] if path.is_file() else []
     readable = sorted({p.resolve() for p in found if suffix(p) in READERS})
     if not readable:
-        names = " ".join(READERS)
-        what = f"no file of a known type ({names}, .gz or .zst of these)" if found else "no such file or folder"
-        raise bad_value("path", source.path, "a file, a folder, a glob or a hub id (owner/name)", f"Found: {what}.")
+        types = " ".join(READERS)
+        what = f"Files of a known type ({types}; also .gz and .zst of these) are needed." if found else "Nothing there."
+        raise bad_value(key, source.path, "a file, a folder, a glob or a hub id (owner/name)", what)
+    if others := Counter(p.suffix or p.name for p in found if suffix(p) not in READERS):
+        shown = ", ".join(f"{n} x {name}" for name, n in others.most_common(5))
+        log.warning("%s: files of other types are left out (%s).", source.path, shown)
     return readable
 
 
 def _pieces(number: int, source: SourceConfig, part_bytes: int) -> Iterator[Piece]:
+    key = f"sources[{number}].path"
     if source.path.startswith(INSTALLED):
         name = source.path.removeprefix(INSTALLED)
         if name not in installed.CORPORA:
-            raise bad_value("path", source.path, "an installed corpus", nearest(name, installed.CORPORA))
+            raise bad_value(key, source.path, f"{INSTALLED}<corpus>", nearest(name, installed.CORPORA))
         yield Piece(number, source.path)
-    elif HUB_ID.fullmatch(source.path) and not os.path.exists(source.path) and not suffix(Path(source.path)) in READERS:
-        yield Piece(number, f"{HUB}{source.path}")
+    elif _is_hub_id(source.path):
+        if not source.revision:
+            repair = f"Set revision to the commit of {source.path} that you mean, so that every run means the same."
+            raise bad_value(f"sources[{number}].revision", source.revision, "the commit sha of a hub dataset", repair)
+        yield Piece(number, ":".join((HUB[:-1], source.path, source.subset, source.split, source.revision)))
     else:
-        files = files_of(source)
+        files = files_of(source, key)
         if not any(file.stat().st_size for file in files):
-            raise DataError(f"{source.path}: empty. A source needs at least one record in it.")
+            raise DataError(f"{source.path}: empty. A source needs at least one record.")
         for file in files:
             yield from _file_pieces(number, file, part_bytes)
 
 
+def _is_hub_id(path: str) -> bool:
+    return bool(HUB_ID.fullmatch(path)) and not Path(path).exists() and suffix(Path(path)) not in READERS
+
+
 def _file_pieces(number: int, file: Path, part_bytes: int) -> Iterator[Piece]:
     size = file.stat().st_size
-    if suffix(file) != ".jsonl" or file.suffix in COMPRESSED or size <= part_bytes:
+    if suffix(file) not in (".jsonl", ".ndjson") or file.suffix in COMPRESSED or size <= part_bytes:
         yield Piece(number, str(file), 0, size)
         return
     start = 0
     with file.open("rb") as lines:
         while start < size:
-            lines.seek(min(start + part_bytes, size))
+            lines.seek(min(start + part_bytes, size) - 1)
             while (block := lines.readline(2**20)) and not block.endswith(b"\n"):
                 pass
             end = lines.tell()
@@ -136,19 +158,31 @@ def _file_pieces(number: int, file: Path, part_bytes: int) -> Iterator[Piece]:
             start = end
 
 
+def _read_hub(source: SourceConfig) -> Iterator[installed.Example]:
+    import datasets
+
+    told: dict[str, Any] = {"split": source.split, "revision": source.revision, "streaming": True}
+    try:
+        rows = datasets.load_dataset(source.path, source.subset or None, **told)
+        for number, row in enumerate(rows, start=1):
+            yield f"{source.path}@{source.revision[:12]}", number, row
+    except Exception as error:  # the hub's client raises errors of many libraries
+        repair = "Check path, subset, split and revision, and that the hub can be reached"
+        raise DataError(f"hub dataset {source.path}: {str(error)[:300]}. {repair}.") from error
+
+
 def _digest(piece: Piece) -> str:
     if piece.path.startswith(INSTALLED):
         return f"{piece.source} {piece.path} {installed.corpus_digest(piece.path.removeprefix(INSTALLED))}"
     if piece.path.startswith(HUB):
         return f"{piece.source} {piece.path}"
-    if piece.end - piece.start < REMEMBERED_BYTES:
-        return f"{piece.source} {suffix(Path(piece.path))} {_file_digest(piece)}"
-    return f"{piece.source} {suffix(Path(piece.path))} {_remembered_digest(piece)}"
+    is_large = piece.end - piece.start >= REMEMBERED_BYTES
+    return f"{piece.source} {suffix(Path(piece.path))} {(_remembered_digest if is_large else _file_digest)(piece)}"
 
 
 def _file_digest(piece: Piece) -> str:
     digest = hashlib.sha256()
-    with open(piece.path, "rb") as file:
+    with Path(piece.path).open("rb") as file:
         file.seek(piece.start)
         left = piece.end - piece.start
         while left and (block := file.read(min(left, 2**22))):
@@ -158,23 +192,23 @@ def _file_digest(piece: Piece) -> str:
 
 
 def _remembered_digest(piece: Piece) -> str:
-    """Reads a piece once for as long as the file's size and time of change stay; a lost cache costs time only."""
-    stat = os.stat(piece.path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qlora_dist" / "digests"
+    """Reads a piece once for as long as its file's size and time of change stay; a lost cache costs time alone."""
+    stat = Path(piece.path).stat()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora_dist" / "digests"
     name = hashlib.sha256(f"{piece}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:32]
     try:
-        return str(json.loads((cache / name).read_text()))
+        return str(json.loads((cache / name).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         digest = _file_digest(piece)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         aside = cache / f"{name}.{os.getpid()}"
-        aside.write_text(json.dumps(digest))
+        aside.write_text(json.dumps(digest), encoding="utf-8")
         aside.replace(cache / name)
-    except OSError:
-        pass
+    except OSError as error:
+        log.info("%s can't be written (%s): the digest of %s is worked out anew each time.", cache, error, piece.path)
     return digest
 
 
 def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
+    return any(part.startswith((".", "__")) for part in path.parts)

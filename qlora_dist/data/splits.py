@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +14,24 @@ import numpy as np
 
 from qlora_dist.config.data import Deduplicate, SplitConfig
 from qlora_dist.config.stages import SplitsConfig
-from qlora_dist.data.near import clusters, exact_copies, keep_first, near_pairs
-from qlora_dist.data.record import Record, Reject, parse_record
+from qlora_dist.data.contamination import HeldOutGrams, Match
+from qlora_dist.data.formats import UNREADABLE
+from qlora_dist.data.integrity import check_splits
+from qlora_dist.data.near import clusters, exact_copies, near_copies
+from qlora_dist.data.record import Record, Reject, in_batches, parse_record
 from qlora_dist.data.records import RECORDS, REJECTS, read_counts
-from qlora_dist.data.signatures import read_index
-from qlora_dist.data.words import mix
+from qlora_dist.data.signatures import Index
+from qlora_dist.data.words import places
 from qlora_dist.errors import DataError
 from qlora_dist.runtime import Facts
 
 SPLITS = ("train", "validation", "test")
+SHOWN_REJECTS = 5
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Decisions:
-    """What becomes of each record: the number of its split, and the record it is a copy of (-1: none)."""
+    """What becomes of each record [N]: its split's number, the record it is a copy of (-1: none), its cluster's id."""
 
     split: np.ndarray
     copy_of: np.ndarray
@@ -32,43 +39,32 @@ class Decisions:
 
 
 def write_splits(config: SplitsConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
-    """Writes `train.jsonl`, `validation.jsonl`, `test.jsonl` without copies, and `rejects.jsonl` with what was left out.
+    """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` without copies, and `rejects.jsonl` with the rest.
+
+    Memory holds a batch of records and some 80 bytes a record. What was written is read again and checked
+    (`integrity.check_splits`).
 
     Raises:
-        DataError: if too many examples were broken, or nothing is left.
+        DataError: if too many examples were broken, too few records are left to divide, or a check fails.
     """
     parts = [inputs[f"records-{i}"] for i in range(len(inputs))]
     facts = check_rejects(config.domain, parts, config.max_reject_share)
-    index = np.concatenate([read_index(part) for part in parts])
+    index = Index(parts)
     if not len(index):
-        raise DataError(f"domain {config.domain}: no record is left. Reasons: {facts['reasons'] or 'empty sources'}.")
-    decisions = decide(index, config.split)
-    counts: Counter[str] = Counter()
-    files = {name: (out / f"{name}.jsonl").open("w", encoding="utf-8") for name in SPLITS}
-    rejects = (out / REJECTS).open("w", encoding="utf-8")
-    for i, record in enumerate(_all_records(parts)):
-        if decisions.copy_of[i] >= 0:
-            original = f"{index['id'][decisions.copy_of[i]]:016x}"
-            reason = "exact copy" if index["words"][i] == index["words"][decisions.copy_of[i]] else "near copy"
-            counts[reason] += 1
-            reject = Reject(file=record.file, line=record.line, reason=reason, detail=f"of {original}", broken=False)
-            rejects.write(reject.to_line())
-            continue
-        name = SPLITS[decisions.split[i]]
-        record.cluster = f"{decisions.cluster[i]:016x}"
-        counts[name] += 1
-        counts[f"{name}_bytes"] += len(record.whole().encode())
-        files[name].write(record.to_line())
-    for file in (*files.values(), rejects):
-        file.close()
-    return facts | {"splits": dict(sorted(counts.items()))}
+        reasons = ", ".join(f"{reason} {n}" for reason, n in facts["reasons"].items()) or "the sources are empty"
+        raise DataError(f"domain {config.domain}: no record is left ({reasons}).")
+    decisions = decide(index, config.split, out / "scratch")
+    decisions = _fill_held_out(config, decisions)
+    counts = _write(config.split, parts, index, decisions, out)
+    index.close()
+    return facts | counts | {"integrity": check_splits(out, config.split.near_threshold)}
 
 
-def check_rejects(domain: str, parts: list[Path], max_share: float) -> Facts:
+def check_rejects(domain: str, parts: Sequence[Path], max_share: float) -> Facts:
     """Adds up the counts of all parts.
 
     Raises:
-        DataError: if more than `max_share` of all examples are broken; it lists the first of them.
+        DataError: if more than `max_share` of all examples can't be used; it lists the first of them.
     """
     total: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -79,56 +75,133 @@ def check_rejects(domain: str, parts: list[Path], max_share: float) -> Facts:
         kinds.update(counts["kinds"])
         total.update({name: counts[name] for name in ("kept", "broken", "dropped", "bytes")})
     examples = total["kept"] + total["broken"] + total["dropped"]
-    if examples and total["broken"] / examples > max_share:
-        shown = "\n  ".join(str(reject) for reject in _first_broken(parts, 5))
-        share = f"{total['broken']} of {examples} examples can't be used"
-        repair = f"Mend the files, or set domain.{domain}.max_reject_share={total['broken'] / examples:.2g} or more."
-        raise DataError(f"domain {domain}: {share}, more than max_reject_share={max_share:g}.\n  {shown}\n{repair}")
+    if reasons[UNREADABLE] and max_share < 1:
+        shown = "".join(f"\n  {reject}" for reject in _first_broken(parts, UNREADABLE))
+        raise DataError(f"domain {domain}: files that can't be read to their end:{shown}\nMend them or leave them out.")
+    if total["broken"] > max_share * examples:
+        share = total["broken"] / examples
+        shown = "".join(f"\n  {reject}" for reject in _first_broken(parts))
+        repair = f"Mend the files, or set max_reject_share of domain {domain} above {share:.3g}."
+        raise DataError(
+            f"domain {domain}: {total['broken']} of {examples} examples can't be used, more than "
+            f"max_reject_share={max_share:g}. The first:{shown}\n{repair}"
+        )
     return {**total, "kinds": dict(sorted(kinds.items())), "reasons": dict(sorted(reasons.items()))}
 
 
-def decide(index: np.ndarray, config: SplitConfig) -> Decisions:
-    """Decides about all records from their index entries alone."""
-    num = len(index)
-    first = exact_copies(index["words"])
-    pairs = near_pairs(index["signature"], config.near_threshold)
-    equal = np.flatnonzero(first != np.arange(num))
-    pairs = np.unique(np.concatenate([pairs, np.stack([equal, first[equal]], axis=1)]), axis=0)
-    copy_of = np.full(num, -1, dtype=np.int64)
+def decide(index: Index, config: SplitConfig, scratch: Path) -> Decisions:
+    """Decides about all records by their index entries alone.
+
+    With near-copies dropped, each kept record is a cluster of its own. Where they stay, a cluster goes to one split
+    as a whole.
+    """
+    exact = exact_copies(index.words)
     if config.deduplicate is Deduplicate.near:
-        owner = keep_first(num, pairs)
-        copy_of = np.where(owner == np.arange(num), -1, owner)
-        leader = np.arange(num)
+        copy_of = near_copies(index, exact, config.near_threshold, scratch)
+        leader = np.arange(len(index))
     else:
-        leader = clusters(num, pairs)
-        if config.deduplicate is Deduplicate.exact:
-            copy_of = np.where(first == np.arange(num), -1, first)
-    cluster = index["id"][leader]
-    return Decisions(split=draw(cluster, config), copy_of=copy_of, cluster=cluster)
+        copy_of = exact if config.deduplicate is Deduplicate.exact else np.full(len(index), -1)
+        leader = clusters(index, exact, config.near_threshold, scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
+    cluster = index.ids[leader]
+    place = places(cluster, "split")
+    is_held_out = place < config.test_share + config.validation_share
+    split = np.where(place < config.test_share, 2, np.where(is_held_out, 1, 0))
+    return Decisions(split, copy_of, cluster)
 
 
-def draw(cluster: np.ndarray, config: SplitConfig) -> np.ndarray:
-    """Returns each cluster's split (0 train, 1 validation, 2 test): a function of its id and the shares alone."""
-    place = mix(cluster) / 2.0**64
-    is_test = place < config.test_share
-    is_validation = ~is_test & (place < config.test_share + config.validation_share)
-    return np.where(is_test, 2, np.where(is_validation, 1, 0))
+def _fill_held_out(config: SplitsConfig, decisions: Decisions) -> Decisions:
+    """Gives a held-out set that chance left empty the cluster that was drawn closest to it.
+
+    Raises:
+        DataError: if there are too few clusters.
+    """
+    split = decisions.split.copy()
+    shares = {2: config.split.test_share, 1: config.split.validation_share}
+    kept = decisions.copy_of < 0
+    for number in [n for n, share in shares.items() if share and not (kept & (split == n)).any()]:
+        train = np.unique(decisions.cluster[kept & (split == 0)])
+        if len(train) < 2:
+            repair = f"Add records, or set {SPLITS[number]}_share=0."
+            found = len(np.unique(decisions.cluster[kept]))
+            raise DataError(f"domain {config.domain}: {found} distinct records can't be divided. {repair}")
+        closest = train[np.argmin(places(train, "split"))]
+        split[decisions.cluster == closest] = number
+    return Decisions(split, decisions.copy_of, decisions.cluster)
 
 
-def _first_broken(parts: list[Path], num: int) -> Iterator[Reject]:
-    import json
+def _held_out_grams(parts: Sequence[Path], decisions: Decisions) -> HeldOutGrams:
+    grams = HeldOutGrams()
+    is_held_out = (decisions.copy_of < 0) & (decisions.split > 0)
+    for i, line in enumerate(_lines(parts)):
+        if is_held_out[i]:
+            record = parse_record(line)
+            grams.add(record.id, record.parts())
+    grams.finish()
+    return grams
 
+
+def _write(config: SplitConfig, parts: Sequence[Path], index: Index, decisions: Decisions, out: Path) -> Facts:
+    grams = _held_out_grams(parts, decisions)
+    counts = {name: Counter[str]() for name in SPLITS}
+    left_out: Counter[str] = Counter()
+    contaminated, number = 0, 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((out / f"{name}.jsonl").open("w", encoding="utf-8")) for name in SPLITS}
+        rejects = stack.enter_context((out / REJECTS).open("w", encoding="utf-8"))
+        for batch in in_batches(map(parse_record, _lines(parts))):
+            for record, match in zip(batch, grams.matches([r.parts() for r in batch]), strict=True):
+                name = SPLITS[decisions.split[number]]
+                reason = _copy(index, decisions, number)
+                if not reason and name == "train" and match and match.contained >= config.contamination_share:
+                    contaminated += 1
+                    reason = _contaminated(match) if config.drop_contaminated else None
+                if reason:
+                    left_out[reason[0]] += 1
+                    reject = Reject(
+                        file=record.file, line=record.line, reason=reason[0], detail=reason[1], broken=False
+                    )
+                    rejects.write(reject.to_line())
+                else:
+                    record.cluster = f"{decisions.cluster[number]:016x}"
+                    _count(counts[name], record)
+                    files[name].write(record.to_line())
+                number += 1
+    splits = {name: dict(sorted(counts[name].items())) for name in SPLITS}
+    return {"splits": splits, "left_out": dict(sorted(left_out.items())), "contaminated": contaminated}
+
+
+def _count(counts: Counter[str], record: Record) -> None:
+    counts["records"] += 1
+    counts["bytes"] += sum(len(part.encode()) for part in record.parts())
+    counts[f"source {record.source}"] += 1
+    if record.licence:
+        counts[f"licence {record.licence}"] += 1
+
+
+def _copy(index: Index, decisions: Decisions, number: int) -> tuple[str, str] | None:
+    original = int(decisions.copy_of[number])
+    if original < 0:
+        return None
+    is_exact = index.words[number] == index.words[original]
+    return "exact copy" if is_exact else "near copy", f"of {index.ids[original]:016x}"
+
+
+def _contaminated(match: Match) -> tuple[str, str]:
+    return "contaminated", f"holds {match.contained:.0%} of held-out {match.held_out}"
+
+
+def _first_broken(parts: Sequence[Path], reason: str = "") -> Iterator[Reject]:
+    shown = 0
     for part in parts:
         with (part / REJECTS).open(encoding="utf-8") as lines:
-            for line in lines:
-                reject = Reject(**json.loads(line))
-                if reject.broken and num > 0:
-                    num -= 1
+            for reject in (Reject(**json.loads(line)) for line in lines):
+                if reject.broken and reason in ("", reject.reason) and shown < SHOWN_REJECTS:
+                    shown += 1
                     yield reject
 
 
-def _all_records(parts: list[Path]) -> Iterator[Record]:
+def _lines(parts: Sequence[Path]) -> Iterator[bytes]:
     for part in parts:
         with (part / RECORDS).open("rb") as lines:
-            for line in lines:
-                yield parse_record(line)
+            yield from lines

@@ -1,9 +1,9 @@
-"""Conversations are rendered by the model's chat template; which characters are trained is told by rendering prefixes."""
+"""Conversations are rendered by the model's chat template; prefixes of them tell which characters are trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from qlora_dist.data.record import Message
@@ -13,91 +13,160 @@ PLAIN = """\
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
-{{ '### Response:\\n' + message.content + eos_token + '\\n\\n' }}
+{{- '### Response:\\n' + message.content | trim + eos_token + '\\n\\n' -}}
 {%- elif message.role == 'user' -%}
-{{ '### Instruction:\\n' + message.content + '\\n\\n' }}
+{{- '### Instruction:\\n' + message.content | trim + '\\n\\n' -}}
 {%- else -%}
-{{ message.content + '\\n\\n' }}
+{{- message.content | trim + '\\n\\n' -}}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}
+{%- if add_generation_prompt -%}{{- '### Response:\\n' -}}{%- endif -%}
 """
-"""The template of models that have none (after Alpaca): sections headed by `### Instruction:` and `### Response:`."""
+"""The template of models that have none (after Alpaca): sections headed `### Instruction:` and `### Response:`."""
+
+PROBE = "\u2042probe\u2042"
+REPAIR = "Set render.chat_template of the domain to a Jinja file whose rendering of a conversation's beginning is the"
+REPAIR += " beginning of its rendering."
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of a rendered conversation, and whether it is trained."""
+    """Characters `start` to `end` of a rendered conversation: one assistant turn, its end token included."""
 
-    text: str
-    trained: bool
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja chat template with the special tokens that it may name."""
+    """A Jinja chat template, and the special tokens that it may name."""
 
     source: str
     special_tokens: tuple[tuple[str, str], ...] = ()
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """Returns the conversation as text.
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+        """Returns the conversation as text, as `apply_chat_template` of transformers would.
+
+        Templates that ask for today's date get their own default one: the same records always give the same rows.
 
         Raises:
-            DataError: if the template refuses it.
+            DataError: if the template refuses the conversation.
         """
-        import jinja2
+        from jinja2 import TemplateError
 
-        values = dict(self.special_tokens)
+        names = dict(self.special_tokens) | {"tools": None, "documents": None}
         try:
             text: str = _compiled(self.source).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **values
+                messages=messages, add_generation_prompt=add_generation_prompt, **names
             )
-        except jinja2.TemplateError as error:
+        except (TemplateError, TypeError) as error:
             roles = ", ".join(m["role"] for m in messages)
-            raise DataError(f"chat template: {error} (turns: {roles}).") from error
+            raise DataError(f"The chat template refuses a conversation of {roles}: {error}.") from error
         return text
 
-    def spans(self, messages: list[Message]) -> list[Span]:
-        """Divides the rendered conversation into untrained and trained spans.
+    def conversation(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        """Renders a conversation and finds its assistant turns.
 
-        An assistant turn is trained from where the rendering of all before it (with the generation prompt) ends, to
-        the end of its closing text.
+        A turn starts where the rendering of all before it, with the generation prompt, ends; that must be a prefix of
+        the whole. It ends with the text that closes an assistant turn. A system turn that the template has no place
+        for goes in front of the first user turn.
 
         Raises:
-            DataError: if that rendering is no prefix of the whole.
+            DataError: if a prefix isn't stable, or a user's words would be trained.
         """
+        if messages[0]["role"] == "system" and not self.takes_system:
+            messages = _folded(messages)
         whole = self.render(messages)
-        spans, at = [], 0
+        spans: list[Span] = []
         for k, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(messages[:k], add_generation_prompt=True)
-            content = message["content"].strip()
-            start = whole.find(content, len(prompt))
-            if not whole.startswith(prompt) or start < 0:
-                raise DataError(f"chat template: not prefix-stable at turn {k}.")
-            end = start + len(content)
-            end = end + len(self._closing()) if whole.startswith(self._closing(), end) else end
-            spans += [Span(whole[at : len(prompt)], False), Span(whole[len(prompt) : end], True)]
-            at = end
-        return [*spans, Span(whole[at:], False)]
+            if message["role"] == "assistant":
+                prompt = self.render(messages[:k], add_generation_prompt=True)
+                if not whole.startswith(prompt):
+                    raise DataError(_unstable(whole, prompt, k))
+                _check_prompt(whole, spans, prompt, messages[k - 1])
+                spans.append(Span(len(prompt), self._end(whole, len(prompt), message["content"])))
+        return whole, spans
 
-    def _closing(self) -> str:
-        probe = "\u2042 probe \u2042"
-        text = self.render([{"role": "user", "content": "."}, {"role": "assistant", "content": probe}])
-        return text.rpartition(probe)[2].rstrip()
+    @cached_property
+    def takes_system(self) -> bool:
+        """Says whether the template renders a system turn."""
+        turns: list[Message] = [{"role": "system", "content": PROBE}, {"role": "user", "content": "."}]
+        try:
+            return PROBE in self.render(turns, add_generation_prompt=True)
+        except DataError:
+            return False
+
+    @cached_property
+    def closing(self) -> str:
+        """The text that closes an assistant turn, blanks after it left out, e.g. `<|im_end|>`."""
+        turns: list[Message] = [{"role": "user", "content": "."}, {"role": "assistant", "content": PROBE}]
+        text = self.render(turns)
+        if PROBE not in text:
+            raise DataError("The chat template leaves out what the assistant says.")
+        return text.rpartition(PROBE)[2].rstrip()
+
+    def _end(self, whole: str, start: int, content: str) -> int:
+        said = content.strip()
+        at = whole.find(said, start)
+        at = at + len(said) if at >= 0 else start  # a template may rewrite what is said (reasoning, say)
+        end = whole.find(self.closing, at) if self.closing else at
+        if end < 0 or (at == start and not self.closing):
+            raise DataError(
+                f"The chat template renders an assistant turn without its closing {self.closing!r}. {REPAIR}"
+            )
+        return end + len(self.closing)
+
+
+def _check_prompt(whole: str, spans: list[Span], prompt: str, asked: Message) -> None:
+    """Checks that what was asked last lies between the trained spans, not inside one."""
+    start = spans[-1].end if spans else 0
+    if len(prompt) < start or asked["content"].strip() not in whole[start : len(prompt)]:
+        shown = asked["content"].strip()[:60]
+        raise DataError(f"The chat template would train words of the {asked['role']} ({shown!r}). {REPAIR}")
+
+
+def _unstable(whole: str, prompt: str, turn: int) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), min(len(whole), len(prompt)))
+    wanted, found = prompt[at : at + 40], whole[at : at + 40]
+    return f"The chat template is not prefix-stable: before turn {turn} it renders {wanted!r}, then {found!r}. {REPAIR}"
+
+
+def _folded(messages: list[Message]) -> list[Message]:
+    system, first, *rest = messages
+    return [{"role": first["role"], "content": f"{system['content'].strip()}\n\n{first['content']}"}, *rest]
 
 
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> Any:
+    import json
+
+    from jinja2 import nodes
     from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """Reads `{% generation %}` blocks, which mark the assistant's words in some templates, as plain text."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2's own way
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    def tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(source)
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise DataError(f"The chat template is no valid Jinja: {error}.") from error

@@ -39,4 +39,15 @@ def mix(values: np.ndarray) -> np.ndarray:
     values = values + MULTIPLIER
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+def place(identity: int, purpose: str) -> float:
+    """Returns a number in [0, 1) that depends on an id and a purpose alone: how chance is dealt, here."""
+    return float(places(np.array([identity], dtype=np.uint64), purpose)[0])
+
+
+def places(identities: np.ndarray, purpose: str) -> np.ndarray:
+    """Returns `place` of each id [N]."""
+    return (mix(mix(identities) ^ np.uint64(crc32(purpose.encode()))) >> np.uint64(11)) * 2.0**-53

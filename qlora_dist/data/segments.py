@@ -1,0 +1,101 @@
+"""A record's tokens are cut into segments that fit a row, kept in a scratch file until their rows are known.
+
+N tokens of a record, S segments of a corpus.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from qlora_dist.data.encode import Encoded
+
+PIECE = np.dtype([("length", "<i4"), ("record", "<i8"), ("trained_bytes", "<i8")])
+"""What is known of a segment before it is packed."""
+
+BUFFERED_TOKENS = 2**21
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens that fits a row, which of them are targets, and the UTF-8 bytes of those."""
+
+    tokens_N: np.ndarray
+    trained_N: np.ndarray
+    trained_bytes: int
+
+
+def cut(encoded: Encoded, row_tokens: int, start_id: int, *, is_text: bool, overlap_tokens: int = 0) -> list[Segment]:
+    """Cuts a record into segments of at most `row_tokens`, each token a target in one of them alone.
+
+    Running text has `start_id` put before each segment, so that each of its tokens is predicted; a conversation has
+    it from the second segment on, as its template opens the first. After that come, from the second on, the last
+    `overlap_tokens` tokens of the segment before, as context. The first slot is never a target.
+    """
+    segments, at = [], 0
+    while at < len(encoded.tokens_N):
+        opened = is_text or at > 0
+        context = min(overlap_tokens, at)
+        end = at + row_tokens - opened - context
+        part = slice(at - context, end)
+        tokens_N, trained_N, bytes_N = encoded.tokens_N[part], encoded.trained_N[part].copy(), encoded.bytes_N[part]
+        trained_N[:context] = False
+        if opened:
+            tokens_N, trained_N = np.insert(tokens_N, 0, start_id), np.insert(trained_N, 0, False)
+            bytes_N = np.insert(bytes_N, 0, 0)
+        trained_N[0] = False
+        segments.append(Segment(tokens_N, trained_N, int(bytes_N[trained_N].sum())))
+        at = end
+    return segments
+
+
+class Scratch:
+    """Segments of a corpus on disk: written once in order, then read in any order; memory holds none of them."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._paths = [folder / name for name in ("tokens", "trained", "pieces")]
+        self._files = [path.open("wb+") for path in self._paths]
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for file in self._files:
+            file.close()
+        for path in self._paths:
+            path.unlink()
+        self._paths[0].parent.rmdir()
+
+    def append(self, segment: Segment, record: int) -> None:
+        """Adds a segment of record number `record`."""
+        tokens, trained, pieces = self._files
+        tokens.write(segment.tokens_N.astype("<u4").tobytes())
+        trained.write(segment.trained_N.astype(bool).tobytes())
+        pieces.write(np.array((len(segment.tokens_N), record, segment.trained_bytes), dtype=PIECE).tobytes())
+
+    def pieces(self) -> np.ndarray:
+        """Returns what is known of each segment, [S]: some 20 bytes a segment."""
+        for file in self._files:
+            file.flush()
+        return np.fromfile(self._paths[2], dtype=PIECE)
+
+    def read(self, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens and marks of the segment that starts at token `offset` of all."""
+        tokens = os.pread(self._files[0].fileno(), 4 * length, 4 * offset)
+        trained = os.pread(self._files[1].fileno(), length, offset)
+        return np.frombuffer(tokens, dtype="<u4"), np.frombuffer(trained, dtype=bool)
+
+
+def row_blocks(row_S: np.ndarray, num_rows: int, row_tokens: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yields blocks of rows that fit in memory: first row, end row, first segment, end segment (segments by row)."""
+    step = max(1, BUFFERED_TOKENS // row_tokens)
+    for first in range(0, num_rows, step):
+        end = min(num_rows, first + step)
+        low, high = np.searchsorted(row_S, [first, end])
+        yield first, end, int(low), int(high)
