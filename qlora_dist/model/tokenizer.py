@@ -11,7 +11,8 @@ from qlora_dist.data.record import read_records
 from qlora_dist.errors import DataError, ModelError
 from qlora_dist.runtime import Facts, write_json
 
-BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+SPECIAL_TOKENS = BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+"""The trainer gives them the first ids, 0, 1 and 2, in this order."""
 
 
 def write_tokenizer(config: TokenizerConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
@@ -53,7 +54,7 @@ def _train_tokenizer(tiny: TinyConfig, inputs: Mapping[str, Path], out: Path) ->
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=tiny.vocab_size,
-        special_tokens=[BOS, EOS, PAD],
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -66,8 +67,7 @@ def _train_tokenizer(tiny: TinyConfig, inputs: Mapping[str, Path], out: Path) ->
         )
     tokenizer.save(str(out / "tokenizer.json"))
     write_json(out / "tokenizer_config.json", _tokenizer_config(8 * tiny.context_tokens))
-    special = {name: tokenizer.token_to_id(name) for name in (BOS, EOS, PAD)}
-    llama_config(tiny, special[BOS], special[EOS], special[PAD]).save_pretrained(out)
+    llama_config(tiny, *range(len(SPECIAL_TOKENS))).save_pretrained(out)
     return {"vocab_size": tiny.vocab_size, "model_vocab_size": tiny.vocab_size, "has_template": False}
 
 

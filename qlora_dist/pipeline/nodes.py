@@ -40,7 +40,7 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
         held_out[f"rows-{name}"] = plan.add("rows", f"{name}-{told_.split}", told_, inputs=inputs)
     base = _add_base(plan, config, tokenizer, splits[GENERAL])
     adapters = _add_adapters(plan, config, tokenizer, base, splits)
-    models = {"base": None, **adapters}
+    models: dict[str, Node | None] = {"base": None, **adapters}
     if merged := _add_merged(plan, config, adapters):
         models["merged"] = merged
     for name, node in models.items():
