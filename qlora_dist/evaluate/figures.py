@@ -20,13 +20,14 @@ def figure(data: list[dict[str, Any]], title: str, x: str, y: str, **layout: Any
     return {
         "data": data,
         "layout": {
-            "title": {"text": title, "font": {"size": 15}, "x": 0, "xref": "paper"},
+            "title": {"text": title},
             "xaxis": {"title": {"text": x}, "automargin": True},
             "yaxis": {"title": {"text": y}, "automargin": True},
             "colorway": list(COLORS),
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
-            "margin": {"l": 60, "r": 16, "t": 48, "b": 56},
+            "margin": {"l": 60, "r": 16, "t": 16, "b": 56},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)"},
             "legend": {"orientation": "h", "y": -0.28},
             "height": 380,
             **layout,
@@ -54,7 +55,7 @@ def _bar(model: str, domains: list[str], rows: list[Mapping[str, Any]]) -> dict[
         "name": model,
         "x": domains,
         "y": [r.get("value") for r in rows],
-        "error_y": {"type": "data", "symmetric": False, "thickness": 1.2, **errors},
+        "error_y": {"type": "data", "symmetric": False, "thickness": 1.2, **errors, "visible": any(errors["array"])},
     }
 
 
@@ -76,9 +77,7 @@ def heat_map(
     middle: float | None = None,
 ) -> Figure:
     """Returns a heat map with its numbers written in; `middle` centres a two-sided colour scale there."""
-    scale = (
-        {"colorscale": "RdBu", "zmid": middle, "reversescale": True} if middle is not None else {"colorscale": "Blues"}
-    )
+    scale = {"colorscale": "RdBu", "zmid": middle} if middle is not None else {"colorscale": "Blues"}
     text = [["" if v is None else f"{v:.3g}" for v in row] for row in values]
     data = {
         "type": "heatmap",
@@ -89,6 +88,11 @@ def heat_map(
         **scale,
     }
     data |= {"texttemplate": "%{text}", "hovertemplate": "%{y} on %{x}: %{z:.4g}<extra></extra>"}
-    height = 160 + 34 * max(4, len(rows))
-    layout = {"height": height, "xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}}
+    height = 120 + 34 * len(rows)
+    layout = {
+        "height": height,
+        "margin": {"l": 60, "r": 16, "t": 16, "b": 32},
+        "xaxis": {"type": "category"},
+        "yaxis": {"type": "category", "autorange": "reversed"},
+    }
     return figure([data], title, "", "", **layout)

@@ -24,8 +24,9 @@ def judge(
 ) -> dict[str, Any]:
     """Returns `{"model", "ship", "reasons"}`; every check is a reason, whether it passed or not.
 
-    A domain passes when bits per byte fell by at least `min_gain`, and the interval (where there is one) leaves no
-    doubt that they fell; forgetting passes when those on `general` rose by at most `max_forgetting`.
+    A domain passes when bits per byte fell by at least `min_gain`, and the interval leaves no doubt that they fell
+    (too few documents for an interval leave it); forgetting passes when those on `general` rose by at most
+    `max_forgetting`.
 
     Args:
         model: the one that would be shipped.
@@ -43,7 +44,7 @@ def _gained(domain: str, row: Mapping[str, Any] | None, least: float) -> dict[st
     wanted = f"bits per byte on {domain} at least {least:g} below the base, beyond doubt"
     if row is None:
         return _reason(f"better on {domain}", False, wanted, "not measured")
-    sure = row["high"] is None or row["high"] < 0
+    sure = row["high"] is not None and row["high"] < 0
     passed = row["difference"] < 0 and row["difference"] <= -least and sure
     return _reason(f"better on {domain}", passed, wanted, _with_interval(row))
 
@@ -60,5 +61,5 @@ def _reason(check: str, passed: bool, wanted: str, found: str) -> dict[str, Any]
 
 
 def _with_interval(row: Mapping[str, Any]) -> str:
-    interval = "too few clusters for an interval" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
-    return f"{row['difference']:+.4f} ({interval}; {row['num_documents']} documents)"
+    interval = "too few for an interval" if row["low"] is None else f"{row['low']:+.4f} to {row['high']:+.4f}"
+    return f"{row['difference']:+.4f} ({interval}; documents: {row['num_documents']})"

@@ -7,43 +7,72 @@ from typing import Any
 
 from qlora_dist.evaluate import figures
 from qlora_dist.evaluate.page import Section, Table, is_scalar, union_table
-from qlora_dist.evaluate.summary import NodeView, Row, RunView, number
+from qlora_dist.evaluate.summary import NodeView, Row, RunView, mappings, number
 
 METRIC_NAMES = {
     "bits_per_byte": "bits per byte (lower is better)",
     "completion_loss": "loss per token, nats (lower is better)",
 }
+COMPARED = """Paired over the same documents; p-values are corrected for the number of models (Holm). \
+The minimal detectable difference is the one that 80 % of such samples would find."""
 DATA_STAGES = ("records", "splits", "shards", "tokenizer", "rows")
 
 
 def report_sections(run: RunView) -> list[Section]:
     """Returns every section that the run has something to say about, in reading order."""
-    made = (outcome(run), scores(run), curves(run), merge(run), certificate(run), data(run), work(run), settings(run))
+    made = (
+        outcome(run),
+        scores(run),
+        matrix(run),
+        curves(run),
+        merge(run),
+        certificate(run),
+        data(run),
+        work(run),
+        settings(run),
+    )
     return [section for section in made if section is not None]
 
 
 def outcome(run: RunView) -> Section:
     """Says first how the run ended, what is shipped, how to use it, and what moved against the base."""
     failed = [[f"{n.stage}/{n.label}", n.error, n.log] for n in run.nodes if n.state == "failed"]
-    changes = _changes(run)
+    reasons = mappings(run.verdict.get("reasons"))
+    columns = ["check", "passed", "wanted", "found"]
     tables = [
+        Table("Verdict", columns, [[r.get(c) for c in columns] for r in reasons]),
         Table("What failed", ["node", "why", "log"], failed),
         Table("Notes", ["note"], [[note] for note in run.notes]),
-        Table("Bits per byte against the base (negative is better)", changes[0], changes[1:]),
     ]
     ended = "Every node finished." if run.state == "done" else f"{len(failed)} of {len(run.nodes)} nodes failed."
     shipped = f"The adapter is in {run.adapter}." if run.adapter else "No adapter was shipped."
-    return Section("Outcome", f"{ended} {shipped}", [t for t in tables if t.rows], code=run.use)
+    text = " ".join(part for part in (_verdict(run), ended, shipped) if part)
+    return Section("Outcome", text, [t for t in tables if t.rows], code=run.use)
 
 
-def _changes(run: RunView) -> list[list[Any]]:
-    value = {(r["model"], r["domain"]): r["value"] for r in run.scores if r["metric"] == "bits_per_byte"}
-    rows: list[list[Any]] = [["model", "held-out set", "base", "value", "difference", "relative"]]
-    for (model, domain), mine in value.items():
-        base = value.get(("base", domain))
-        if model != "base" and base:
-            rows.append([model, domain, base, mine, mine - base, f"{100 * (mine / base - 1):+.1f} %"])
-    return rows
+def _verdict(run: RunView) -> str:
+    if not run.verdict:
+        return ""
+    failed = [str(r.get("check")) for r in mappings(run.verdict.get("reasons")) if not r.get("passed")]
+    return "Verdict: ship." if run.verdict.get("ship") else f"Verdict: do not ship ({'; '.join(failed)})."
+
+
+def matrix(run: RunView) -> Section | None:
+    """Shows how every adapter and merge does on every domain: what transfers, what interferes, what is forgotten."""
+    rows = [r for r in run.comparisons if r["metric"] == "bits_per_byte"]
+    if not rows:
+        return None
+    models, domains = (list(dict.fromkeys(r[k] for r in rows)) for k in ("model", "domain"))
+    value = {(r["model"], r["domain"]): r["difference"] for r in rows}
+    grid = [[value.get((m, d)) for d in domains] for m in models]
+    title = "Bits per byte minus the base's (negative is better)"
+    section = Section("Against the base", COMPARED)
+    section.figures.append(("matrix", figures.heat_map(grid, domains, models, title, middle=0)))
+    columns = ["model", "domain", "difference", "low", "high", "p_holm", "minimal_detectable", "num_documents"]
+    for metric in dict.fromkeys(r["metric"] for r in run.comparisons):
+        chosen = [[r.get(c) for c in columns] for r in run.comparisons if r["metric"] == metric]
+        section.tables.append(Table(f"Difference in {METRIC_NAMES.get(metric, metric)}", columns, chosen))
+    return section
 
 
 def scores(run: RunView) -> Section | None:
@@ -61,7 +90,8 @@ def scores(run: RunView) -> Section | None:
 def curves(run: RunView) -> Section | None:
     """Shows loss, learning rate and speed of every training over its steps."""
     section = Section("Training")
-    for metric in dict.fromkeys(k for rows in run.curves.values() for r in rows for k in r if k != "step"):
+    metrics = dict.fromkeys(k for rows in run.curves.values() for r in rows for k in r if k != "step")
+    for metric in sorted(metrics, key=lambda k: ("loss" not in k, k)):
         drawn = {label: _points(rows, metric) for label, rows in run.curves.items()}
         drawn = {label: points for label, points in drawn.items() if points[0]}
         if drawn:
@@ -81,7 +111,7 @@ def merge(run: RunView) -> Section | None:
     """Shows what each merge is made of, and how its parts lie to each other."""
     section = Section("Merge")
     for node in run.nodes_of("merged"):
-        parts = _mappings(node.facts.get("parts"))
+        parts = mappings(node.facts.get("parts"))
         names = [str(p.get("label", i)) for i, p in enumerate(parts)]
         values = [{k: v for k, v in p.items() if k != "label"} for p in parts]
         section.tables += union_table(f"{node.label}: parts", "part", list(zip(names, values, strict=True)))
@@ -108,7 +138,7 @@ def certificate(run: RunView) -> Section | None:
         checks = node.facts.get("certificate")
         if isinstance(checks, Mapping):
             checks = [{"check": k, **(v if isinstance(v, Mapping) else {"value": v})} for k, v in checks.items()]
-        rows = _mappings(checks)
+        rows = mappings(checks)
         columns = list(dict.fromkeys(k for c in rows for k in c))
         tables.append(Table(node.label, columns, [[c.get(k) for k in columns] for c in rows]))
     tables = [t for t in tables if t.rows]
@@ -141,10 +171,6 @@ def settings(run: RunView) -> Section | None:
 
 def _facts_table(run: RunView, stage: str) -> list[Table]:
     return union_table(stage, "label", [(n.label, n.facts) for n in run.nodes_of(stage)])
-
-
-def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return [v for v in value if isinstance(v, Mapping)] if isinstance(value, list) else []
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -40,6 +40,8 @@ class RunView:
     config: Row = field(default_factory=dict)
     nodes: tuple[NodeView, ...] = ()
     scores: tuple[Row, ...] = ()
+    comparisons: tuple[Row, ...] = ()
+    verdict: Row = field(default_factory=dict)
     curves: dict[str, list[Row]] = field(default_factory=dict)
     circumstances: Row = field(default_factory=dict)
 
@@ -62,6 +64,8 @@ def view(summary: Mapping[str, Any]) -> RunView:
         config=_mapping(summary.get("config")),
         nodes=tuple(_node(n) for n in _list(summary.get("nodes")) if isinstance(n, Mapping)),
         scores=tuple(_rows(summary.get("scores"), "value", "model", "domain", "metric")),
+        comparisons=tuple(_rows(summary.get("comparisons"), "difference", "model", "domain", "metric")),
+        verdict=_mapping(summary.get("verdict")),
         curves={label: rows for label, rows in curves.items() if rows},
         circumstances={k: summary[k] for k in about if summary.get(k)},
     )
@@ -82,6 +86,11 @@ def _rows(value: Any, measured: str, *named: str) -> Iterator[Row]:
     for row in _list(value):
         if isinstance(row, Mapping) and number(row.get(measured)) is not None:
             yield {**row, **{k: _text(row.get(k)) for k in named}}
+
+
+def mappings(value: Any) -> list[Row]:
+    """Returns the mappings in a list, and [] for what is no list."""
+    return [_mapping(v) for v in _list(value) if isinstance(v, Mapping)]
 
 
 def _mapping(value: Any) -> Row:

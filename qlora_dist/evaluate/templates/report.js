@@ -11,8 +11,9 @@
   const draw = (place) => {
     const { data, layout } = figures[place.dataset.figure];
     const { ink, axis } = colors();
-    const themed = { ...layout, font: { color: ink }, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) };
-    Plotly.react(place, data, themed, { responsive: true, displaylogo: false });
+    const themed = { ...layout, title: undefined, font: { color: ink }, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) };
+    const bar = matchMedia("(hover: none)").matches ? false : "hover";
+    Plotly.react(place, data, themed, { responsive: true, displaylogo: false, displayModeBar: bar });
   };
   const all = () => document.querySelectorAll("[data-figure]").forEach(draw);
   all();

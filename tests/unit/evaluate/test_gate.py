@@ -66,7 +66,7 @@ def test_verdict_names_what_stopped_it(folders: dict[str, Path], model: str, pas
     verdict = assess(folders, model, ["legal"], EvaluateConfig())["verdict"]
     assert [r["passed"] for r in verdict["reasons"]] == passed
     assert verdict["ship"] is all(passed)
-    assert "40 documents" in verdict["reasons"][0]["found"]
+    assert "documents: 40" in verdict["reasons"][0]["found"]
 
 
 def test_thresholds_come_from_the_config(folders: dict[str, Path]) -> None:

@@ -53,7 +53,17 @@ def test_report_is_one_file_that_fetches_nothing(summary: dict[str, Any], tmp_pa
 
 def test_report_shows_scores_use_command_certificate_and_config(summary: dict[str, Any], tmp_path: Path) -> None:
     text = " ".join(render(summary, tmp_path).text)
-    for wanted in ("merged", "2.4", "-25.0 %", summary["use"], "trained share", "lora.lora_rank", "123,456", "0123abc"):
+    for wanted in (
+        "merged",
+        "2.4",
+        "do not ship (little forgotten)",
+        "-0.8",
+        summary["use"],
+        "trained share",
+        "lora.lora_rank",
+        "123,456",
+        "0123abc",
+    ):
         assert wanted in text, wanted
 
 
@@ -77,7 +87,7 @@ def test_every_markdown_table_is_rectangular(summary: dict[str, Any], tmp_path: 
 
 def test_every_figure_is_one_that_plotly_accepts_and_has_a_table(summary: dict[str, Any]) -> None:
     sections = [s for s in report_sections(view(summary)) if s.figures]
-    assert {s.title for s in sections} == {"Scores", "Training", "Merge"}
+    assert {s.title for s in sections} == {"Scores", "Against the base", "Training", "Merge"}
     for section in sections:
         assert len(section.tables) >= len(section.figures)
         for _, figure in section.figures:
