@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from qlora_dist.config.fields import execution, setting
 from qlora_dist.errors import bad_value
@@ -111,12 +112,28 @@ class SplitConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RenderConfig:
-    """How a record becomes tokens; an empty `chat_template` means the model's own, or the plain one."""
+    """How a record becomes tokens.
+
+    `chat_template` is Jinja text or the name of a file that holds it; empty, it means the model's own, or the plain
+    one of `data.templates`.
+    """
 
     chat_template: str = ""
     train_on: TrainOn = setting(TrainOn.completion)
     long_records: LongRecords = setting(LongRecords.split)
     overlap_tokens: int = setting(0, at_least=0)
+
+    def check(self, key: str) -> None:
+        """Puts a template file's text in place of its name: data are known by their bytes.
+
+        Raises:
+            ConfigError: if it is neither Jinja nor a file.
+        """
+        if self.chat_template and "{" not in self.chat_template:
+            path = Path(self.chat_template).expanduser()
+            if not path.is_file():
+                raise bad_value(f"{key}.chat_template", self.chat_template, "a Jinja chat template, or a file of one")
+            self.chat_template = path.read_text(encoding="utf-8")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -39,11 +39,12 @@ class SplitsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ShardsConfig:
-    """Stage `shards`: deal a domain's training records to `num_shards` shards of equal size."""
+    """Stage `shards`: deal a domain's training records to `num_shards` shards of equally many tokens."""
 
     domain: str = "???"
     num_shards: int = 1
     shard_mode: ShardMode = setting(ShardMode.iid)
+    render: RenderConfig = setting(RenderConfig)
     seed: int = 0
 
 

@@ -105,7 +105,7 @@ class Encoder:
         if last not in self.silent_ids:
             shown = self.tokenizer.id_to_token(last)
             raise DataError(
-                f"{self.folder}: its chat template ends an assistant turn with {shown!r}, no special token, so the model "
+                f"{self.folder}: its chat template ends an assistant turn with {shown!r}, no special token: the model "
                 "would never learn to stop. Set render.chat_template of the domain to one that ends with eos_token."
             )
         num_starts = int((encoded.tokens_N == self.start_id).sum())
@@ -187,10 +187,7 @@ class Encoder:
     def _template(self) -> str:
         own = self.folder / "chat_template.jinja"
         if self.render.chat_template:
-            path = Path(self.render.chat_template).expanduser()
-            if not path.is_file():
-                raise DataError(f"render.chat_template={path}: no such file.")
-            return path.read_text(encoding="utf-8")
+            return self.render.chat_template
         if own.is_file():
             return own.read_text(encoding="utf-8")
         template = self.told.get("chat_template")

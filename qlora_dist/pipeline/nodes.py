@@ -88,8 +88,10 @@ def _add_adapters(
 ) -> dict[str, Node]:
     adapters = {}
     for name, domain in config.domain.items():
-        shards_config = told.ShardsConfig(domain=name, num_shards=domain.num_shards, shard_mode=domain.shard_mode)
-        shards = plan.add("shards", name, shards_config, inputs={"splits": splits[name]})
+        shards_config = told.ShardsConfig(
+            domain=name, num_shards=domain.num_shards, shard_mode=domain.shard_mode, render=domain.render
+        )
+        shards = plan.add("shards", name, shards_config, inputs={"tokenizer": tokenizer, "splits": splits[name]})
         rows_config = told.RowsConfig(split="validation", row_tokens=config.train.row_tokens, render=domain.render)
         inputs = {"tokenizer": tokenizer, "splits": splits[name]}
         validation = plan.add("rows", f"{name}-validation", rows_config, inputs=inputs)
