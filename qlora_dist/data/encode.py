@@ -5,6 +5,7 @@ N tokens of a record.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -194,6 +195,11 @@ class Encoder:
         if isinstance(template, list):
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         return template or PLAIN
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Returns the SHA-256 of a tokenizer's file: rows name it, so that they are read with the one that made them."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def _chunks(text: str) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_dist.config.data import LongRecords
 from qlora_dist.config.stages import RowsConfig
-from qlora_dist.data.encode import Encoded, Encoder
+from qlora_dist.data.encode import Encoded, Encoder, tokenizer_digest
 from qlora_dist.data.packing import pack
 from qlora_dist.data.record import Record, Reject, in_batches, read_records
 from qlora_dist.data.segments import Scratch, Segment, cut, row_blocks
@@ -49,6 +49,7 @@ def write_rows(config: RowsConfig, inputs: Mapping[str, Path], out: Path) -> Fac
         why = dict(counts["left_out"]) or f"{counts['records']} records, none with an answer"
         raise DataError(f"{source}: no token would be trained ({why}).")
     ids = {name: getattr(encoder, name) for name in ("end_id", "start_id", "pad_id", "silent_ids", "vocab_size")}
+    ids |= {"tokenizer_sha256": tokenizer_digest(inputs["tokenizer"])}
     write_json(out / "rows.json", {"row_tokens": config.row_tokens, "num_rows": facts["rows"], **ids})
     return counts | facts
 

@@ -35,7 +35,7 @@ def write_records(config: RecordsConfig, inputs: Mapping[str, Path], out: Path) 
     ):
 
         def usable() -> Iterator[Record]:
-            for item in _records(config, by["replaced"]):
+            for item in examples(config, by["replaced"]):
                 if isinstance(item, Record):
                     yield item
                     continue
@@ -62,7 +62,8 @@ def read_counts(folder: Path) -> Facts:
     return facts
 
 
-def _records(config: RecordsConfig, replaced: Counter[str]) -> Iterator[Record | Reject]:
+def examples(config: RecordsConfig, replaced: Counter[str] | None = None) -> Iterator[Record | Reject]:
+    """Yields each example of a part as a cleaned record, or as a reject; `replaced` counts personal data."""
     for text in config.files:
         piece = Piece.parse(text)
         source = config.source.sources[piece.source]
@@ -89,7 +90,9 @@ def _passages(record: Record, source: SourceConfig) -> Iterator[Record]:
         yield replace(record, text=passage)
 
 
-def _cleaned(record: Record, source: SourceConfig, config: RecordsConfig, replaced: Counter[str]) -> Record | Reject:
+def _cleaned(
+    record: Record, source: SourceConfig, config: RecordsConfig, replaced: Counter[str] | None
+) -> Record | Reject:
     try:
         clean(record, config.source.clean, replaced)
     except UnusableError as error:

@@ -53,6 +53,7 @@ class Rows:
     tokens_BT: np.ndarray
     trained_BT: np.ndarray
     segments: np.ndarray
+    tokenizer_sha256: str = ""
 
     @classmethod
     def open(cls, folder: Path) -> Rows:

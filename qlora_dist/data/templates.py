@@ -13,7 +13,7 @@ PLAIN = """\
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
-{{- '### Response:\\n' + message.content | trim + eos_token + '\\n\\n' -}}
+{{- '### Response:\\n' + message.content | trim + eos_token + ('' if loop.last else '\\n\\n') -}}
 {%- elif message.role == 'user' -%}
 {{- '### Instruction:\\n' + message.content | trim + '\\n\\n' -}}
 {%- else -%}

@@ -1,0 +1,164 @@
+"""Shows a person what is trained: packed rows, or the first records of a source before any run.
+
+python -m qlora_dist.data.show runs/artifacts/rows/legal-0-1a2b3c4d5e6f
+python -m qlora_dist.data.show 'data/*.jsonl' --tokenizer FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from qlora_dist.config.data import DomainConfig, SourceConfig
+from qlora_dist.config.stages import RecordsConfig
+from qlora_dist.data.encode import Encoder, tokenizer_digest
+from qlora_dist.data.record import Record, Reject
+from qlora_dist.data.records import examples
+from qlora_dist.data.rows import Rows, row_order
+from qlora_dist.data.sources import plan_parts
+from qlora_dist.data.templates import PLAIN, ChatTemplate
+from qlora_dist.errors import DataError, QloraDistError
+
+TRAINED, PROMPT, SPECIAL = "green", "dim", "magenta"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qlora_dist.data.show", description=__doc__.split("\n")[0])
+    parser.add_argument("path", help="a folder of packed rows, or a source: file, folder, glob, installed:<corpus>")
+    parser.add_argument("--tokenizer", type=Path, help="the folder of the tokenizer (found by itself for a run's rows)")
+    parser.add_argument("--num", type=int, default=3, help="how many rows or records are shown (3)")
+    parser.add_argument("--row", type=int, help="one row by its number, instead of a random few")
+    told = parser.parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        if (Path(told.path) / "rows.json").is_file():
+            show_rows(console, Path(told.path), told.tokenizer, told.num, told.row)
+        else:
+            show_source(console, told.path, told.tokenizer, told.num)
+    except QloraDistError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def show_rows(console: Console, folder: Path, tokenizer: Path | None, num: int, row: int | None) -> None:
+    """Prints packed rows segment by segment, trained tokens in green (between « and » where there is no colour).
+
+    Raises:
+        DataError: if the rows, or the tokenizer that made them, can't be found.
+    """
+    rows = Rows.open(folder)
+    encoder = Encoder(tokenizer or find_tokenizer(folder, rows.tokenizer_sha256))
+    share = float(np.asarray(rows.trained_BT).mean()) if len(rows) else 0
+    console.print(f"{len(rows)} rows of {rows.row_tokens} tokens, {len(rows.segments)} segments, {share:.1%} trained")
+    chosen = [row] if row is not None else sorted(row_order(len(rows), 0, 0)[:num].tolist())
+    for number in chosen:
+        if not 0 <= number < len(rows):
+            raise DataError(f"--row {number}: expected 0 to {len(rows) - 1}.")
+        tokens_T, trained_T = np.asarray(rows.tokens_BT[number]), np.asarray(rows.trained_BT[number])
+        segments = rows.segments_of(number)
+        for segment in segments:
+            record, slots = (
+                rows.records[segment["record"]],
+                slice(segment["start"], segment["start"] + segment["length"]),
+            )
+            trained = f"{trained_T[slots].sum()} of {segment['length']} tokens trained"
+            console.rule(
+                f"row {number}, slots {slots.start}-{slots.stop - 1}: {record['source']}, {trained}", align="left"
+            )
+            console.print(painted(console, encoder, tokens_T[slots], trained_T[slots]))
+        console.print(f"{rows.row_tokens - segments['length'].sum()} slots of padding", style=PROMPT)
+
+
+def show_source(console: Console, path: str, tokenizer: Path | None, num: int) -> None:
+    """Prints the first records of a source with their kind, as the template renders them; then what was rejected."""
+    domain = DomainConfig(sources=[SourceConfig(path=path)])
+    files = [file for part in plan_parts(domain) for file in part]
+    encoder = Encoder(tokenizer) if tokenizer else None
+    kinds: Counter[str] = Counter()
+    rejects: list[Reject] = []
+    for item in islice(examples(RecordsConfig(domain="shown", source=domain, files=files)), 1000):
+        if isinstance(item, Reject):
+            rejects.append(item)
+            continue
+        kinds[item.kind] += 1
+        if kinds.total() <= num:
+            console.rule(f"{item.file}:{item.line}, kind {item.kind}", align="left")
+            console.print(_shown(console, item, encoder))
+    console.rule("the first 1000 examples", align="left")
+    console.print(", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "no record", end="")
+    console.print(f"; {len(rejects)} rejected")
+    for reject in rejects[:num]:
+        console.print(f"  {reject}")
+
+
+def painted(console: Console, encoder: Encoder, tokens_T: np.ndarray, trained_T: np.ndarray) -> Text:
+    """Returns tokens as text: trained ones green, special ones magenta, the others dim."""
+    silent_T = np.isin(tokens_T, encoder.silent_ids)
+    runs = groupby(range(len(tokens_T)), key=lambda i: (bool(trained_T[i]), bool(silent_T[i])))
+    pieces = []
+    for (is_trained, is_special), slots in runs:
+        text = encoder.tokenizer.decode([int(tokens_T[i]) for i in slots], skip_special_tokens=False)
+        pieces.append((text, is_trained, is_special))
+    return _joined(console, pieces)
+
+
+def find_tokenizer(rows: Path, sha256: str) -> Path:
+    """Returns the tokenizer that made these rows, from the same folder of artifacts.
+
+    Raises:
+        DataError: if it isn't there.
+    """
+    for folder in sorted((rows.resolve().parent.parent / "tokenizer").glob("*/")):
+        if (folder / "tokenizer.json").is_file() and tokenizer_digest(folder) == sha256:
+            return folder
+    raise DataError(f"{rows}: its tokenizer isn't beside it. Name the folder with --tokenizer.")
+
+
+def _shown(console: Console, record: Record, encoder: Encoder | None) -> Text:
+    if encoder:
+        encoded = next(encoder.encode([record]))
+        return (
+            Text(encoded)
+            if isinstance(encoded, str)
+            else painted(console, encoder, encoded.tokens_N, encoded.trained_N)
+        )
+    if record.text:
+        return _joined(console, [(record.text, True, False)])
+    text, spans = ChatTemplate(PLAIN, (("bos_token", ""), ("eos_token", "</s>"))).conversation(record.messages)
+    pieces, at = [], 0
+    for span in spans:
+        pieces += [(text[at : span.start], False, False), (text[span.start : span.end], True, False)]
+        at = span.end
+    return _joined(console, pieces)
+
+
+def _joined(console: Console, pieces: list[tuple[str, bool, bool]]) -> Text:
+    """Joins pieces (text, trained, special) in their colours; « and » stand around trained ones where there are none."""
+    shown = Text()
+    has_colour = console.color_system is not None
+    for is_trained, group in _by_trained(pieces):
+        shown.append("" if has_colour or not is_trained else "«")
+        for text, _, is_special in group:
+            style = SPECIAL if is_special else TRAINED if is_trained else PROMPT
+            shown.append(text, style=f"{style} underline" if is_trained and is_special else style)
+        shown.append("" if has_colour or not is_trained else "»")
+    return shown
+
+
+def _by_trained(pieces: list[tuple[str, bool, bool]]) -> Iterator[tuple[bool, list[tuple[str, bool, bool]]]]:
+    for is_trained, group in groupby(pieces, key=lambda piece: piece[1]):
+        yield is_trained, list(group)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
