@@ -143,7 +143,7 @@ def _shown(console: Console, record: Record, encoder: Encoder | None) -> Text:
 
 
 def _joined(console: Console, pieces: list[tuple[str, bool, bool]]) -> Text:
-    """Joins pieces (text, trained, special) in their colours; « and » stand around trained ones where there are none."""
+    """Joins pieces (text, trained, special) in their colours; without colours, « and » stand around trained ones."""
     shown = Text()
     has_colour = console.color_system is not None
     for is_trained, group in _by_trained(pieces):
