@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
 import socket
 import traceback
 from collections.abc import Callable
@@ -74,68 +75,100 @@ def save_byte_tokenizer(folder: Path) -> int:
     return len(alphabet) + 3
 
 
-def run_ranks(
-    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120, num_nodes: int = 1
-) -> list[Any]:
+def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """Runs `function(*args)` in `num_ranks` real processes over gloo, and returns what each returned.
 
-    `function` must be importable (a module's own), since the processes are spawned.
-
     Raises:
-        AssertionError: with the traceback of the first rank that failed, or naming the ranks that never ended.
+        AssertionError: as `RankPool.run`.
     """
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
-    port = _free_port()
-    ranks = [
-        context.Process(target=_run_rank, args=(function, args, rank, num_ranks, port, results), daemon=True)
-        for rank in range(num_ranks)
-    ]
-    for process in ranks:
-        process.start()
-    try:
-        return _collect(results, num_ranks, timeout_s)
-    finally:
-        for process in ranks:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+    with RankPool() as pool:
+        return pool.run(function, num_ranks, *args, timeout_s=timeout_s)
 
 
-def _collect(results: Any, num_ranks: int, timeout_s: float) -> list[Any]:
-    found: dict[int, Any] = {}
-    while len(found) < num_ranks:
+class RankPool:
+    """Real processes that are kept between runs, so that several tests pay for one start of torch.
+
+    A function must be importable (a module's own), since the processes are spawned.
+    """
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._ranks: list[tuple[Any, Any]] = []
+        self._results: Any = self._context.Queue()
+
+    def run(self, function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+        """Runs `function(*args)` on ranks 0 … num_ranks - 1, and returns what each returned.
+
+        Raises:
+            AssertionError: with the traceback of the first rank that failed, or naming the ranks that never ended.
+        """
+        self._start(num_ranks)
+        port = _free_port()
+        for rank in range(num_ranks):
+            self._ranks[rank][1].put((function, args, rank_environment(rank, num_ranks, port)))
         try:
-            rank, value, failure = results.get(timeout=timeout_s)
-        except Exception:
-            missing = sorted(set(range(num_ranks)) - set(found))
-            raise AssertionError(f"ranks {missing} gave no result within {timeout_s:g} s") from None
-        if failure:
-            raise AssertionError(f"rank {rank} of {num_ranks} failed:\n{failure}")
-        found[rank] = value
-    return [found[rank] for rank in range(num_ranks)]
+            return self._collect(num_ranks, timeout_s)
+        except AssertionError:
+            self.close()  # the others wait for the one that failed
+            raise
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process, _ in self._ranks:
+            process.kill()
+            process.join(10)
+        self._ranks, self._results = [], self._context.Queue()
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, num_ranks: int) -> None:
+        while len(self._ranks) < num_ranks:
+            tasks = self._context.Queue()
+            process = self._context.Process(target=_serve, args=(len(self._ranks), tasks, self._results), daemon=True)
+            process.start()
+            self._ranks.append((process, tasks))
+
+    def _collect(self, num_ranks: int, timeout_s: float) -> list[Any]:
+        found: dict[int, Any] = {}
+        while len(found) < num_ranks:
+            try:
+                rank, value, failure = self._results.get(timeout=timeout_s)
+            except queue.Empty:
+                missing = sorted(set(range(num_ranks)) - set(found))
+                raise AssertionError(f"ranks {missing} gave no result within {timeout_s:g} s") from None
+            if failure:
+                raise AssertionError(f"rank {rank} of {num_ranks} failed:\n{failure}")
+            found[rank] = value
+        return [found[rank] for rank in range(num_ranks)]
 
 
-def _run_rank(  # noqa: PLR0917 - the target of a process takes its arguments by position
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, num_ranks: int, port: int, results: Any
-) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
-    }
+PLACE_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The variables by which torchrun tells a process its place."""
+
+
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Returns what torchrun would tell rank `rank` of `num_ranks` on this machine; a lone process is told nothing."""
+    place = (rank, rank, num_ranks, num_ranks, "127.0.0.1", port)
+    return dict(zip(PLACE_VARIABLES, map(str, place), strict=True)) if num_ranks > 1 else {}
+
+
+def _serve(rank: int, tasks: Any, results: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    try:
-        results.put((rank, function(*args), ""))
-    except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+    while True:
+        function, args, environment = tasks.get()
+        for name in PLACE_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ |= environment
+        try:
+            results.put((rank, function(*args), ""))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
 
 
 def _free_port() -> int:
@@ -151,9 +184,6 @@ def requires_gpu(test: Any) -> Any:
 
     skipped = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     return pytest.mark.gpu(skipped(test))
-
-
-__all__ = ["ARCHITECTURES", "requires_gpu", "run_ranks", "save_byte_tokenizer", "save_rows", "save_tiny_model"]
 
 
 def save_rows(folder: Path, num_rows: int = 8, row_tokens: int = 32, *, vocab_size: int = 259, seed: int = 0) -> Path:

@@ -32,7 +32,7 @@ class ShardedBase(ReplicatedBase):
         adapters = {p for p in model.parameters() if p.requires_grad}
         for layer in decoder_layers(model):
             fully_shard(layer, mesh=mesh, ignored_params=adapters, reshard_after_forward=True)
-        fully_shard(model, mesh=mesh, ignored_params=adapters, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, ignored_params=adapters, reshard_after_forward=True)
 
     def base_bytes(self, model: LaneModel) -> int:
         """Returns the bytes of the base's weights that this rank holds."""

@@ -1,0 +1,159 @@
+"""Killed at any moment and run again, a training ends with the bytes it would have ended with."""
+
+import json
+import signal
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from qlora_dist.train import train_adapter
+from tests.dist.drill import drill, live
+
+
+def read(out):
+    return (out / "adapter_model.safetensors").read_bytes()
+
+
+def distance(a, b):
+    a, b = load_file(a / "adapter_model.safetensors"), load_file(b / "adapter_model.safetensors")
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).norm() / b[n].norm()) for n in a)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(name):
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def whole(pool, inputs, folder, recipe):
+    """An uninterrupted training of 20 steps on one process."""
+    out = folder("whole")
+    pool.run(train_adapter, 1, recipe(epochs=4), inputs, out)
+    return out
+
+
+def test_killed_lives_end_in_the_same_bytes(pool, inputs, folder, recipe, whole):
+    out = folder("out")
+    config = recipe(epochs=4, checkpoint_every_s=0.0)
+    ((killed, codes),) = pool.run(drill, 1, config, inputs, out, 6, [1], 1.0)
+    assert killed >= 3
+    assert codes == [0]
+    assert read(out) == read(whole)
+    assert not (out / "checkpoints").exists()
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 21)), "each step stands once in the metrics"
+
+
+@pytest.mark.slow
+def test_twenty_four_kills_over_changing_world_sizes(pool, inputs, folder, recipe):
+    same, changed, plain = folder("same"), folder("changed"), folder("plain")
+    config = recipe(epochs=12, checkpoint_every_s=0.0)
+    pool.run(train_adapter, 1, recipe(epochs=12), inputs, plain)
+    ((killed, codes),) = pool.run(drill, 1, config, inputs, same, 14, [1], 1.2, 1, timeout_s=300)
+    assert killed >= 10
+    assert codes == [0]
+    assert read(same) == read(plain)
+    ((killed, codes),) = pool.run(drill, 1, config, inputs, changed, 14, [2, 1, 4, 1], 2.5, 2, timeout_s=300)
+    assert killed >= 10
+    assert codes == [0]
+    assert distance(changed, plain) < 1e-2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_request_to_stop_ends_the_step_and_says_75(pool, inputs, folder, recipe, whole, number):
+    out = folder("out")
+    config = recipe(epochs=4)
+    for wait_s in (1.5, 0.8, 0.4):
+        (codes,) = pool.run(live, 1, config, inputs, out, 1, wait_s, number)
+        if codes == [75]:
+            break
+    if codes == [75]:
+        assert list((out / "checkpoints").glob("step-*"))
+        assert not (out / "adapter_model.safetensors").exists()
+    (codes,) = pool.run(live, 1, config, inputs, out, 1)
+    assert codes == [0]
+    assert read(out) == read(whole)
+
+
+def stopped_after(pool, inputs, out, config, world_size=1, step=8):
+    """Leaves the state of a life that was killed after `step` steps."""
+    from dataclasses import replace
+
+    config = replace(config, strategy=replace(config.strategy, world_size=world_size))
+    pool.run(train_until, world_size, config, inputs, out, step)
+    return out
+
+
+def train_until(config, inputs, out, step):
+    """Trains, and dies as by a signal once `step` steps are taken."""
+    from qlora_dist.errors import Preempted
+    from qlora_dist.train import step as steps
+
+    plain = steps.Stepper.take
+
+    def take(self, number):
+        results = plain(self, number)
+        self.wants_stop = self.wants_stop or number + 1 == step
+        return results
+
+    steps.Stepper.take = take
+    try:
+        train_adapter(config, inputs, out)
+    except Preempted:
+        return
+    finally:
+        steps.Stepper.take = plain
+    raise AssertionError("it was to stop")
+
+
+def test_torn_checkpoint_is_named_and_the_one_before_is_used(pool, inputs, folder, recipe, whole, caplog):
+    out = folder("out")
+    stopped_after(pool, inputs, out, recipe(epochs=4, checkpoint_every_s=0.0))
+    newest = sorted((out / "checkpoints").glob("step-*"))[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    (facts,) = pool.run(train_adapter, 1, recipe(epochs=4), inputs, out)
+    assert facts["resumed_after_step"] == 7
+    assert read(out) == read(whole)
+
+
+def test_checkpoint_of_another_recipe_is_not_continued(pool, inputs, folder, recipe):
+    out = folder("out")
+    stopped_after(pool, inputs, out, recipe(epochs=4))
+    (facts,) = pool.run(train_adapter, 1, recipe(epochs=4, learning_rate=0.02), inputs, out)
+    assert facts["resumed_after_step"] == 0
+
+
+@pytest.mark.parametrize("world_size", [2, 1])
+def test_checkpoint_of_four_ranks_continues_on_fewer(pool, inputs, folder, recipe, whole, world_size):
+    out = folder("out")
+    stopped_after(pool, inputs, out, recipe("fsdp", epochs=4), world_size=4)
+    strategy = "fsdp" if world_size > 1 else "ddp"
+    facts = pool.run(train_adapter, world_size, recipe(strategy, world_size, epochs=4), inputs, out)[0]
+    assert facts["resumed_after_step"] == 8
+    assert distance(out, whole) < 1e-2
+
+
+def test_rank_that_does_not_come_is_named(pool, recipe, inputs, folder):
+    config = recipe("ddp", 2)
+    config.strategy.timeout_s = 3
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=r"(?s)TrainError: Rank 0 waited 3 s at start.*1"):
+        pool.run(absent, 2, config, inputs, folder("out"))
+    assert time.monotonic() - started < 60
+
+
+def absent(config, inputs, out):
+    """Rank 1 joins, then hangs before the meeting."""
+    import os
+
+    from qlora_dist.train import processes
+
+    if os.environ["RANK"] == "1":
+        processes.meet = lambda *_: time.sleep(30)
+    train_adapter(config, inputs, out)
