@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-
-import torch
 
 from qlora_dist.adapters.rules import ModuleFacts, Rule
 from qlora_dist.model.peft_folder import Factors, PeftFolder, PeftWriter
+from qlora_dist.model.threads import one_thread_each
 from qlora_dist.runtime import Progress
 
 
@@ -38,19 +37,14 @@ def _in_order(
     """Yields merged modules in the file's order, while `workers` threads work ahead by one module each."""
 
     def work(module: str) -> tuple[Factors, ModuleFacts]:
-        torch.set_num_threads(1)  # modules run side by side, not the threads of one matrix product
         return rule(module, [a.factors(module) for a in adapters])
 
     waiting: deque[tuple[str, Future[tuple[Factors, ModuleFacts]]]] = deque()
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            for module in adapters[0].modules:
-                if len(waiting) > workers:
-                    name, done = waiting.popleft()
-                    yield name, done.result()
-                waiting.append((module, pool.submit(work, module)))
-            for name, done in waiting:
+    with one_thread_each(workers) as pool:
+        for module in adapters[0].modules:
+            if len(waiting) > workers:
+                name, done = waiting.popleft()
                 yield name, done.result()
-    finally:
-        torch.set_num_threads(threads)
+            waiting.append((module, pool.submit(work, module)))
+        for name, done in waiting:
+            yield name, done.result()

@@ -10,6 +10,7 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -121,6 +122,23 @@ class TensorFile:
             raise ModelError(f"{self.path}: {name} has dtype {value['dtype']}, which is not read here.")
         first, last = value["data_offsets"]
         return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), offset + first, last - first)
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Entry]]:
+    """Returns the header of a file that holds `tensors` in their order, and where each one lies in it."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    done, offsets = 0, {}
+    for name, (dtype, shape) in tensors.items():
+        num_bytes = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [done, done + num_bytes]}
+        offsets[name] = (done, num_bytes)
+        done += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    room = -(-(len(text) + 8) // 64) * 64 - 8
+    entries = {n: Entry(*tensors[n], 8 + room + start, num_bytes) for n, (start, num_bytes) in offsets.items()}
+    return room.to_bytes(8, "little") + text.ljust(room), entries
 
 
 class TensorWriter:

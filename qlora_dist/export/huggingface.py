@@ -1,0 +1,184 @@
+"""A base and an adapter become one model folder, shard by shard and in blocks of rows: memory stays small.
+
+Each weight gets one float32 sum and one rounding. `gain` is the share of ΔW that survives it,
+⟨stored − W, ΔW⟩ / ‖ΔW‖²: rounding to 16 bits is a bias and not only noise, since an update far smaller than the
+spacing of the weight's floats leaves most of them where they were.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from qlora_dist.export.weights import BaseRows, MergedWeights
+from qlora_dist.model.peft_folder import Factors
+from qlora_dist.model.tensorfile import Entry, TensorFile, lay_out
+from qlora_dist.model.threads import one_thread_each
+from qlora_dist.model.weights import INDEX_FILE, read_json
+from qlora_dist.runtime import Progress, write_json
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+_BLOCK_VALUES = 2**20  # of one block of rows: a few copies of it in float32 stay in a core's cache
+_COPY_BYTES = 2**23
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclass(slots=True)
+class Gain:
+    """How much of one layer's ΔW the stored weights hold."""
+
+    survived: float = 0.0
+    energy: float = 0.0
+    base_energy: float = 0.0
+
+    def __add__(self, other: Gain) -> Gain:
+        return Gain(self.survived + other.survived, self.energy + other.energy, self.base_energy + other.base_energy)
+
+    @property
+    def share(self) -> float:
+        """Returns 1 where all of ΔW is there, 0 where rounding ate it."""
+        return self.survived / self.energy if self.energy else 1.0
+
+    @property
+    def size(self) -> float:
+        """Returns ‖ΔW‖ / ‖W‖."""
+        return float((self.energy / self.base_energy) ** 0.5) if self.base_energy else 0.0
+
+
+def write_model(
+    weights: MergedWeights, out: Path, dtype: torch.dtype | None = None, workers: int = 0
+) -> dict[str, Gain]:
+    """Writes the merged model with the base's own files, and returns the gain of each adapted layer.
+
+    Args:
+        weights: base and adapter.
+        out: an empty folder.
+        dtype: of all floating-point weights; None leaves each as it is in the base.
+        workers: threads over blocks of rows; 0 is one a core.
+    """
+    with one_thread_each(workers or os.cpu_count() or 1) as pool:
+        writer = _ShardWriter(weights, dtype, pool, Progress(len(weights.names), "tensor"))
+        for name, file in weights.files.items():
+            writer.write(file, out / name)
+    copy_other_files(weights.base, out)
+    config = {k: v for k, v in weights.config.items() if k not in ("dtype", "torch_dtype")} if dtype else weights.config
+    write_json(out / "config.json", config | ({"dtype": str(dtype).removeprefix("torch.")} if dtype else {}))
+    _write_index(weights, out)
+    return writer.gains
+
+
+@dataclass(slots=True)
+class _ShardWriter:
+    """Writes one weight file after the other, its blocks side by side on the threads of `pool`."""
+
+    weights: MergedWeights
+    dtype: torch.dtype | None
+    pool: ThreadPoolExecutor
+    progress: Progress
+    gains: dict[str, Gain] = field(default_factory=dict)
+
+    def write(self, file: TensorFile, path: Path) -> None:
+        header, entries = lay_out(
+            {name: (self._stored(e.dtype), e.shape) for name, e in file.entries.items()}, file.metadata
+        )
+        aside = path.with_name(f".{path.name}.partial")
+        with aside.open("wb") as target:
+            target.write(header)
+            target.truncate(max((e.start + e.num_bytes for e in entries.values()), default=len(header)))
+            target.flush()
+            for name, entry in entries.items():
+                self._write_tensor(file, name, entry, target.fileno())
+                self.progress.update(self.progress.done + 1)
+        aside.replace(path)
+
+    def _stored(self, found: torch.dtype) -> torch.dtype:
+        return self.dtype if self.dtype is not None and found.is_floating_point else found
+
+    def _write_tensor(self, file: TensorFile, name: str, entry: Entry, target: int) -> None:
+        was = file.entries[name]
+        if not self.weights.is_changed(name) and entry.dtype == was.dtype:
+            starts = range(0, was.num_bytes, _COPY_BYTES)
+            copies = [self.pool.submit(_copy_block, file, was, done, target, entry.start) for done in starts]
+            for copy in copies:
+                copy.result()
+            return
+        rows, update = self.weights.base_rows(name), self.weights.update(name)
+        slot = _Slot(entry, target)
+        jobs = [self.pool.submit(_write_block, rows, update, slot, *block) for block in _row_blocks(entry.shape)]
+        gain = sum((job.result() for job in jobs), Gain())
+        if (module := self.weights.module(name)) is not None:
+            self.gains[module] = gain
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """The place of one weight in the file that is being written."""
+
+    entry: Entry
+    target: int
+
+    def write(self, values: torch.Tensor, first_row: int) -> None:
+        data = values.to(self.entry.dtype).contiguous()
+        num_rows = self.entry.shape[0] if self.entry.shape else 1
+        start = self.entry.start + first_row * (self.entry.num_bytes // max(num_rows, 1))
+        _write_all(self.target, data.reshape(-1).view(torch.uint8), start)
+
+
+def _copy_block(file: TensorFile, entry: Entry, done: int, target: int, start: int) -> None:
+    block = file.read_bytes(entry.start + done, min(_COPY_BYTES, entry.num_bytes - done))
+    _write_all(target, block, start + done)
+
+
+def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    num_rows = shape[0] if shape else 1
+    row_values = max(1, torch.Size(shape).numel() // max(num_rows, 1))
+    step = max(1, _BLOCK_VALUES // row_values)
+    for first in range(0, num_rows, step):
+        yield first, min(first + step, num_rows)
+
+
+def _write_block(rows: BaseRows, update: Factors | None, slot: _Slot, first: int, last: int) -> Gain:
+    base = rows.read(first, last)
+    if update is None:
+        slot.write(base, first)
+        return Gain()
+    added = update.B_OR[first:last] @ update.A_RI
+    stored = (base + added).to(slot.entry.dtype)
+    slot.write(stored, first)
+    flat, base_flat = added.reshape(-1), base.reshape(-1)
+    survived = torch.dot((stored.float() - base).reshape(-1), flat)
+    return Gain(float(survived), float(torch.dot(flat, flat)), float(torch.dot(base_flat, base_flat)))
+
+
+def _write_all(target: int, values: torch.Tensor, start: int) -> None:
+    view, done = values.numpy().data, 0
+    while done < len(view):
+        done += os.pwrite(target, view[done:], start + done)
+
+
+def copy_other_files(base: Path, out: Path) -> None:
+    """Copies tokenizer, chat template, generation config and all else that isn't weights."""
+    for path in sorted(base.iterdir()):
+        skipped = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json") or path.name.startswith(".")
+        if path.is_file() and not skipped and path.name not in ("base.json", "manifest.json"):
+            shutil.copyfile(path, out / path.name)
+
+
+def _write_index(weights: MergedWeights, out: Path) -> None:
+    if not (weights.base / INDEX_FILE).exists():
+        return
+    index = read_json(weights.base / INDEX_FILE, "download the model again")
+    sizes = (e.num_bytes for name in weights.files for e in _entries(out / name).values())
+    index["metadata"] = index.get("metadata", {}) | {"total_size": sum(sizes)}
+    write_json(out / INDEX_FILE, index)
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    with TensorFile(path) as file:
+        return file.entries
