@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 BLOCK_CHARS = 2**16
-BLANKS = " \t\r\n"
+BLANKS, NUMBER = " \t\r\n", "+-.eE0123456789"
 DECODER = json.JSONDecoder()
 
 
@@ -80,7 +80,8 @@ class JsonStream:
         while True:
             try:
                 value, end = DECODER.raw_decode(self._text, self._at)
-                if end < len(self._text) or not self._fill(BLOCK_CHARS):  # a number may go on in the next block
+                may_go_on = isinstance(value, (int, float)) and not self._text[end:].strip(NUMBER)
+                if not may_go_on or not self._fill(BLOCK_CHARS):
                     self._at = end
                     return value
             except RecursionError:

@@ -89,12 +89,14 @@ class ChatTemplate:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Says whether the template renders a system turn."""
+        """Says whether the template renders a system turn, and at the same place whatever comes after it."""
         turns: list[Message] = [{"role": "system", "content": PROBE}, {"role": "user", "content": "."}]
+        answer: Message = {"role": "assistant", "content": "."}
         try:
-            return PROBE in self.render(turns, add_generation_prompt=True)
+            prompt, whole = self.render(turns, add_generation_prompt=True), self.render([*turns, answer])
         except DataError:
             return False
+        return PROBE in prompt and whole.startswith(prompt)
 
     @cached_property
     def closing(self) -> str:

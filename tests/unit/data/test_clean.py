@@ -1,0 +1,108 @@
+"""Cleaning changes what it says it changes, and each drop has its reason."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_dist.config.data import CleanConfig
+from qlora_dist.data.clean import DroppedError, clean, normalize, passages, repeat_share, word_share
+from qlora_dist.data.kinds import UnusableError, make_record
+from qlora_dist.data.pii import scrub
+
+
+@pytest.mark.parametrize(
+    ("raw", "kept"),
+    [
+        ("a\r\nb\rc\u2028d", "a\nb\nc\nd"),
+        ("e\u0301", "\u00e9"),
+        ("a \t\nb", "a\nb"),
+        ("\n\na\n\n\n\n\n\nb\n", "a\n\n\nb"),
+        ("a\x00b\x07\ufeffc\td", "abc\td"),
+        ("    indented\n\tcode", "    indented\n\tcode"),
+    ],
+)
+def test_normalising(raw: str, kept: str) -> None:
+    assert normalize(raw) == kept
+
+
+@given(st.text())
+def test_normalising_twice_changes_nothing_more(text: str) -> None:
+    assert normalize(normalize(text)) == normalize(text)
+
+
+@given(st.text(alphabet="ab \n", max_size=200), st.integers(1, 20))
+def test_passages_hold_all_words_in_order_and_are_long_enough(text: str, num_chars: int) -> None:
+    found = list(passages(text, num_chars))
+    assert "".join(found).split() == text.split() or "".join(" ".join(found).split()) == "".join(text.split())
+    assert all(len(passage) >= num_chars for passage in found[:-1])
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "reason"),
+    [
+        ({"min_chars": 10}, "short", "too short"),
+        ({"max_chars": 10}, "x" * 11, "too long"),
+        ({"min_word_share": 0.8}, "|---|---|===|", "few words"),
+        ({"max_repeat_share": 0.5}, "again\n" * 10, "repeated lines"),
+    ],
+)
+def test_bounds_drop_by_wish(config: dict[str, Any], text: str, reason: str) -> None:
+    with pytest.raises(DroppedError) as caught:
+        clean(make_record(text), CleanConfig(**config))
+    assert caught.value.reason == reason
+
+
+def test_text_in_any_script_counts_as_words() -> None:
+    for text in ("Es gilt das Recht", "यह कानून है", "法律适用", "القانون"):
+        assert word_share(text) == 1
+    assert repeat_share("a\nb\nc") == 0
+
+
+def test_lone_surrogates_and_texts_of_nothing_are_refused() -> None:
+    for text, reason in (("a\ud800b", "not Unicode"), ("\x00\x01", "empty field")):
+        with pytest.raises(UnusableError) as caught:
+            clean(make_record({"instruction": "q", "response": text}), CleanConfig())
+        assert not isinstance(caught.value, DroppedError)
+        assert caught.value.reason == reason
+
+
+FOUND = [
+    ("Write to anna.b+c@mail.example.co.uk now", "Write to <EMAIL> now"),
+    ("from 192.168.17.4 and 2001:db8::8a2e:370:7334.", "from <IP> and <IP>."),
+    ("IBAN DE89 3704 0044 0532 0130 00, GB82WEST12345698765432", "IBAN <IBAN>, <IBAN>"),
+    ("card 4111 1111 1111 1111 or 5500-0000-0000-0004", "card <CARD> or <CARD>"),
+    ("call +49 30 901820 or (212) 555-0199 or 212-555-0199", "call <PHONE> or <PHONE> or <PHONE>"),
+    ("key AKIAIOSFODNN7EXAMPLE and ghp_abcdefghijklmnopqrstuvwxyz0123456789", "key <KEY> and <KEY>"),
+    ("-----BEGIN RSA PRIVATE KEY-----\nMIIB\n-----END RSA PRIVATE KEY-----", "<KEY>"),
+]
+KEPT = [
+    "version 1.2.3.4567 of 2024-01-31, 127.0.0.1, 0.0.0.0, mask 255.255.255.0",
+    "order 4111 1111 1111 1112, ISBN 978-3-16-148410-0, 12:34:56, std::vector, a::b, dead::beef, @decorator, a@b",
+    "DE89 3704 0044 0532 0130 01 and article 12.3.4.5.6",
+    "sections 100-200-3000 and 1234567890, 3.141592653589793, 0000000000000000",
+    "sha256 9f86d081884c7d659a2feaa0c55ad015 at 10:30",
+]
+
+
+@pytest.mark.parametrize(("text", "scrubbed"), FOUND)
+def test_personal_data_is_replaced_and_counted(text: str, scrubbed: str) -> None:
+    counts: Counter[str] = Counter()
+    assert scrub(text, counts) == scrubbed
+    assert counts.total() == scrubbed.count("<")
+    assert scrub(scrubbed) == scrubbed
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_what_fails_its_checksum_or_belongs_to_nobody_stays(text: str) -> None:
+    assert scrub(text) == text
+
+
+@given(st.text(alphabet="0123456789 -.+@:abDE/()", max_size=300))
+def test_scrubbing_ends_on_any_text_and_only_when_asked(text: str) -> None:
+    scrub(text)
+    record = make_record("mail a@b.example now")
+    assert clean(record, CleanConfig()).text == "mail a@b.example now"
+    assert clean(record, CleanConfig(scrub_pii=True)).text == "mail <EMAIL> now"
