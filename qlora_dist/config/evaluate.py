@@ -26,13 +26,15 @@ class Gate(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Which held-out split is scored, how much of it, and what a model must reach to be shipped.
+    """Which held-out split is scored, how much of it, how many questions are answered, and what a model must reach to be shipped.
 
     `min_gain` and `max_forgetting` are in bits per byte, against the base: on each domain, and on `general`.
     """
 
     split: str = "test"
     max_rows: int = setting(0, at_least=0)
+    max_answers: int = setting(32, at_least=0)
+    max_new_tokens: int = setting(64, at_least=1)
     batch_tokens: int = execution(4096, at_least=8)
     gate: Gate = execution(Gate.report)
     min_gain: float = execution(0.0, at_least=0)

@@ -103,9 +103,10 @@ class MergedConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScoresConfig:
-    """Stage `scores`: measure one model on every held-out set."""
+    """Stage `scores`: measure one model on every held-out set; `render` says by domain how questions are put."""
 
     model: ModelConfig = setting(ModelConfig)
     evaluate: EvaluateConfig = setting(EvaluateConfig)
+    render: dict[str, RenderConfig] = setting(dict)
     name: str = "base"
     full: bool = False

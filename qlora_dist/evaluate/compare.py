@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from qlora_dist.evaluate.documents import MEASURES, Document, read_documents
-from qlora_dist.evaluate.statistics import Estimate, estimate_ratio, holm
+from qlora_dist.evaluate.answers import read_answers
+from qlora_dist.evaluate.documents import MEASURES, read_documents
+from qlora_dist.evaluate.statistics import estimate_ratio, holm
 
 BASE = "base"
+
+
+Sums = dict[tuple[str, str, str], dict[str, tuple[float, float, str]]]
+"""By (domain, split, metric) and record: (top, bottom, cluster) of a ratio of sums."""
 
 
 def compare_models(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
@@ -20,48 +25,50 @@ def compare_models(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     Args:
         folders: the artifact of stage `scores` of each model, by the model's name; without `base` nothing is compared.
     """
-    documents = {name: read_documents(folder) for name, folder in folders.items()}
-    if BASE not in documents:
-        return []
+    sums = {name: read_sums(folder) for name, folder in folders.items()}
+    base = sums.pop(BASE, {})
     rows = [
-        row
-        for name, theirs in documents.items()
-        if name != BASE
-        for metric in MEASURES
-        for row in _differences(name, metric, theirs, documents[BASE])
+        {"model": model, "domain": key[0], "split": key[1], "metric": key[2], **row}
+        for model, theirs in sums.items()
+        for key in theirs.keys() & base.keys()
+        if (row := _difference(theirs[key], base[key])) is not None
     ]
+    order = {name: i for i, name in enumerate(sums)}
+    rows.sort(key=lambda r: (r["domain"], r["metric"], order[r["model"]]))
     return list(_corrected(rows))
 
 
-def _differences(
-    model: str, metric: str, theirs: Iterable[Document], base: Iterable[Document]
-) -> Iterable[dict[str, Any]]:
-    known = {(d.domain, d.split, d.record): d for d in base}
-    pairs = [(d, known[key]) for d in theirs if (key := (d.domain, d.split, d.record)) in known]
-    for domain, split in sorted({(d.domain, d.split) for d, _ in pairs}):
-        chosen = [(d, b) for d, b in pairs if (d.domain, d.split) == (domain, split)]
-        if found := paired_difference(chosen, metric):
-            yield {
-                "model": model,
-                "domain": domain,
-                "split": split,
-                "metric": metric,
-                "difference": found.value,
-                "low": found.low,
-                "high": found.high,
-                "p_value": found.p_value,
-                "minimal_detectable": found.minimal_detectable,
-                "num_documents": len(chosen),
-            }
+def read_sums(folder: Path) -> Sums:
+    """Reads what stage `scores` kept of each document and answer, as terms of ratios."""
+    found: Sums = {}
+    for document in read_documents(folder):
+        for metric, (top, bottom) in MEASURES.items():
+            terms = (float(getattr(document, top)), float(getattr(document, bottom)), document.cluster)
+            found.setdefault((document.domain, document.split, metric), {})[document.record] = terms
+    for answer in read_answers(folder):
+        for metric, value in answer.measures.items():
+            found.setdefault((answer.domain, answer.split, metric), {})[answer.record] = (value, 1.0, answer.cluster)
+    return found
 
 
-def paired_difference(pairs: list[tuple[Document, Document]], metric: str) -> Estimate | None:
-    """Returns the first's measure minus the second's over the same documents; negative is better here."""
-    top, bottom = MEASURES[metric]
-    tops = np.array([getattr(d, top) - getattr(b, top) for d, b in pairs], dtype=np.float64)
-    bottoms = np.array([getattr(d, bottom) for d, _ in pairs], dtype=np.float64)
-    clusters = np.array([d.cluster for d, _ in pairs])
-    return estimate_ratio(tops, bottoms, clusters) if bottoms.sum() else None
+def _difference(
+    theirs: Mapping[str, tuple[float, float, str]], base: Mapping[str, tuple[float, float, str]]
+) -> dict[str, Any] | None:
+    """Estimates a model's measure minus the base's, over the documents that both have."""
+    records = sorted(theirs.keys() & base.keys())
+    tops = np.array([theirs[r][0] - base[r][0] for r in records], dtype=np.float64)
+    bottoms = np.array([base[r][1] for r in records], dtype=np.float64)
+    if not bottoms.sum():
+        return None
+    found = estimate_ratio(tops, bottoms, np.array([base[r][2] for r in records]))
+    return {
+        "difference": found.value,
+        "low": found.low,
+        "high": found.high,
+        "p_value": found.p_value,
+        "minimal_detectable": found.minimal_detectable,
+        "num_documents": len(records),
+    }
 
 
 def _corrected(rows: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:

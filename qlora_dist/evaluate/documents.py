@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from qlora_dist.evaluate.likelihood import Slots
 from qlora_dist.evaluate.statistics import Estimate, estimate_ratio
+
+Place = tuple[int, slice]
+Mask = NDArray[np.bool_]
 
 DOCUMENTS_FILE = "documents.jsonl"
 
@@ -21,6 +26,8 @@ class Document:
     """One document's sums over its targets.
 
     `nll` counts every target in nats; `nll_bits` counts those that carry bytes, in bits; `bytes` are theirs.
+    `correct` counts the targets that were the likeliest token; `kl` sums KL(base || model), and is 0 where it
+    was not measured.
     """
 
     domain: str
@@ -29,20 +36,26 @@ class Document:
     cluster: str
     nll: float = 0.0
     nll_bits: float = 0.0
+    correct: float = 0.0
+    kl: float = 0.0
     tokens: int = 0
     bytes: int = 0
 
-    def add(self, nll: float, nll_of_bytes: float, tokens: int, num_bytes: int) -> None:
-        """Adds one segment: nats over all targets, nats over those that carry bytes, their counts."""
-        self.nll += nll
-        self.nll_bits += nll_of_bytes / math.log(2)
-        self.tokens += tokens
+    def add(self, slots: Slots, at: Place, trained_T: Mask, carries_T: Mask, num_bytes: int) -> None:
+        """Adds the targets of one segment, whose slots stand `at` a row; `carries_T` marks those that carry bytes."""
+        self.nll += float(slots.nll_BT[at].sum())
+        self.nll_bits += float(slots.nll_BT[at][carries_T].sum()) / math.log(2)
+        self.correct += float(slots.correct_BT[at].sum())
+        self.kl += float(slots.kl_BT[at].sum())
+        self.tokens += int(trained_T.sum())
         self.bytes += num_bytes
 
 
 MEASURES = {
     "bits_per_byte": ("nll_bits", "bytes"),
     "completion_loss": ("nll", "tokens"),
+    "next_token_accuracy": ("correct", "tokens"),
+    "token_kl": ("kl", "tokens"),
 }
 """Each likelihood measure is a ratio of sums over documents: (top, bottom)."""
 
@@ -52,7 +65,7 @@ def estimate(documents: Sequence[Document], metric: str) -> Estimate | None:
     top, bottom = MEASURES[metric]
     tops = np.array([getattr(d, top) for d in documents], dtype=np.float64)
     bottoms = np.array([getattr(d, bottom) for d in documents], dtype=np.float64)
-    if not bottoms.sum():
+    if not bottoms.sum() or (metric == "token_kl" and not tops.any()):
         return None
     return estimate_ratio(tops, bottoms, np.array([d.cluster for d in documents]))
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.config.evaluate import EvaluateConfig, Gate
+from qlora_dist.evaluate.answers import GENERAL
 from qlora_dist.evaluate.compare import compare_models
-
-GENERAL = "general"
 
 
 def assess(folders: Mapping[str, Path], shipped: str, domains: Sequence[str], config: EvaluateConfig) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from qlora_dist.evaluate.summary import number, view
 if TYPE_CHECKING:
     from rich.table import Table
 
+ON_TERMINAL = ("bits_per_byte", "completion_loss", "exact_match", "schema_valid")
+"""What fits a terminal; the report has the rest."""
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -39,10 +42,10 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     """Returns the scores for a terminal: a row a model, a column for each held-out set and measure."""
     from rich.table import Table
 
-    rows = view(summary).scores
+    rows = [r for r in view(summary).scores if r["metric"] in ON_TERMINAL]
     columns = list(dict.fromkeys((r["metric"], r["domain"]) for r in rows))
     value = {(r["model"], r["metric"], r["domain"]): r for r in rows}
-    table = Table(title="Scores on held-out text (lower is better)", title_justify="left")
+    table = Table(title="Scores on held-out text", title_justify="left")
     table.add_column("model", no_wrap=True)
     for metric, domain in columns:
         table.add_column(f"{domain}\n{str(METRIC_NAMES.get(metric, metric)).split(' (')[0]}", justify="right")

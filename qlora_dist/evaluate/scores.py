@@ -11,8 +11,11 @@ import numpy as np
 from qlora_dist.config.stages import ScoresConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.errors import DataError
+from qlora_dist.evaluate.answers import GENERAL, answer_questions, answer_rows, count_failures, write_answers
+from qlora_dist.evaluate.calibration import Calibration
 from qlora_dist.evaluate.documents import Document, score_rows, write_documents
-from qlora_dist.evaluate.likelihood import nll_of_rows
+from qlora_dist.evaluate.likelihood import measure_rows
+from qlora_dist.evaluate.loading import open_scored_model
 from qlora_dist.runtime import Facts, Progress, device, set_seed, write_json
 
 SCORES_FILE = "scores.json"
@@ -20,76 +23,77 @@ ROWS_PREFIX = "rows-"
 
 
 def score_model(config: ScoresConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
-    """Writes `scores.json` (a row for each domain and measure) and the sums of each document beside it.
+    """Writes `scores.json` (a row for each domain and measure), and beside it the sums of each document and answer.
 
-    Inputs are `base`, one `rows-<domain>` for each held-out set, and `adapter`: none for the base itself, a PEFT
-    folder, or a whole fine-tuned model when `config.full`. Files of an earlier life are written over.
+    Inputs are `base`; one `rows-<domain>` for each held-out set; `adapter`: none for the base itself, a PEFT folder,
+    or a whole fine-tuned model when `config.full`; and, when answers are wanted, `tokenizer` and one
+    `splits-<domain>` for each domain. Files of an earlier life are written over.
 
     Raises:
         DataError: if a held-out set holds no target.
         ModelError: if the adapter belongs to another base.
     """
     set_seed(0)
-    held_out = {
-        name.removeprefix(ROWS_PREFIX): Rows.open(path)
-        for name, path in sorted(inputs.items())
-        if name.startswith(ROWS_PREFIX)
-    }
-    model = load_scored_model(config, inputs)
-    counts = {domain: _num_rows(config, rows) for domain, rows in held_out.items()}
-    progress = Progress(total=sum(counts.values()), unit="row")
-    documents: list[Document] = []
-    for domain, rows in held_out.items():
-        documents += measure(model, rows, domain, config, progress)
-    table = score_rows(config.name, documents)
+    with open_scored_model(config, inputs) as model:
+        documents, table = _measure_sets(model, config, inputs)
+        answers = answer_questions(model, config, inputs)
     write_documents(documents, out)
+    write_answers(answers, out)
+    table += answer_rows(config.name, answers)
     write_json(out / SCORES_FILE, {"rows": table})
-    return {"scores": table, "num_documents": len(documents), "num_targets": sum(d.tokens for d in documents)}
+    return {
+        "scores": table,
+        "num_documents": len(documents),
+        "num_targets": sum(d.tokens for d in documents),
+        "num_answers": len(answers),
+        "wrong_form": count_failures(answers),
+    }
 
 
-def load_scored_model(config: ScoresConfig, inputs: Mapping[str, Path]) -> Any:
-    """Loads the base, with the adapter on it if there is one, or the fine-tuned model in its place."""
-    from qlora_dist.model.adapter import load_adapter
-    from qlora_dist.model.base import describe_base, load_model, open_base
+def _measure_sets(
+    model: Any, config: ScoresConfig, inputs: Mapping[str, Path]
+) -> tuple[list[Document], list[dict[str, Any]]]:
+    sets = {n.removeprefix(ROWS_PREFIX): Rows.open(p) for n, p in sorted(inputs.items()) if n.startswith(ROWS_PREFIX)}
+    progress = Progress(total=sum(_num_rows(config, rows) for rows in sets.values()), unit="row")
+    documents: list[Document] = []
+    calibrated = []
+    for domain, rows in sets.items():
+        found, calibration = measure(model, rows, domain, config, progress)
+        documents += found
+        row = {"model": config.name, "domain": domain, "split": config.evaluate.split, "metric": "calibration_error"}
+        calibrated.append({**row, "value": calibration.error(), "low": None, "high": None,
+                           "num_documents": len(found)})  # fmt: skip
+    return documents, score_rows(config.name, documents) + calibrated
 
-    base = open_base(inputs["base"])
-    if config.full and "adapter" in inputs:
-        tuned = inputs["adapter"]
-        return load_model(describe_base(tuned, str(tuned), ""), config.model, quantized=False)
-    model = load_model(base, config.model)
-    return load_adapter(model, inputs["adapter"], base) if "adapter" in inputs else model
 
-
-def measure(model: Any, rows: Rows, domain: str, config: ScoresConfig, progress: Progress) -> list[Document]:
-    """Returns the sums of each document of one held-out set.
+def measure(
+    model: Any, rows: Rows, domain: str, config: ScoresConfig, progress: Progress
+) -> tuple[list[Document], Calibration]:
+    """Returns the sums of each document of one held-out set, and the calibration over all its targets.
 
     Raises:
         DataError: if no slot of these rows is a target, or a sum isn't finite.
     """
-    split = config.evaluate.split
+    split, num_rows, before = config.evaluate.split, _num_rows(config, rows), progress.done
     sums: dict[int, Document] = {}
-    before = progress.done
-    for index_B, nll_BT, tokens_BT, trained_BT in nll_of_rows(
-        model, rows, _num_rows(config, rows), config.evaluate.batch_tokens, device()
-    ):
-        carries_BT = trained_BT & ~np.isin(tokens_BT, rows.silent_ids)
+    calibration = Calibration()
+    found = measure_rows(
+        model, rows, num_rows, config.evaluate.batch_tokens, device(), with_kl=domain == GENERAL and not config.full
+    )
+    for index_B, batch, slots in found:
+        carries_BT = batch.trained_BT & ~np.isin(batch.tokens_BT, rows.silent_ids)
+        calibration.add(slots, batch.trained_BT)
         for b, row in enumerate(index_B):
             for segment in rows.segments_of(int(row)):
-                part = slice(int(segment["start"]), int(segment["start"]) + int(segment["length"]))
-                name = int(segment["record"])
-                if name not in sums:
-                    record = rows.records[name]
-                    sums[name] = Document(
-                        domain=domain, split=split, record=str(record["id"]), cluster=str(record["cluster"])
-                    )
-                sums[name].add(
-                    float(nll_BT[b, part].sum()),
-                    float(nll_BT[b, part][carries_BT[b, part]].sum()),
-                    int(trained_BT[b, part].sum()),
-                    int(segment["trained_bytes"]),
-                )
+                at = (b, slice(int(segment["start"]), int(segment["start"]) + int(segment["length"])))
+                number = int(segment["record"])
+                if number not in sums:
+                    record = rows.records[number]
+                    cluster = str(record["cluster"] or record["id"])
+                    sums[number] = Document(domain=domain, split=split, record=str(record["id"]), cluster=cluster)
+                sums[number].add(slots, at, batch.trained_BT[at], carries_BT[at], int(segment["trained_bytes"]))
         progress.update(before + int(index_B[-1]) + 1)
-    return _checked([sums[i] for i in sorted(sums)], domain, split)
+    return _checked([sums[i] for i in sorted(sums)], domain, split), calibration
 
 
 def _num_rows(config: ScoresConfig, rows: Rows) -> int:

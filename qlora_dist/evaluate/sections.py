@@ -12,6 +12,20 @@ from qlora_dist.evaluate.summary import NodeView, Row, RunView, mappings, number
 METRIC_NAMES = {
     "bits_per_byte": "bits per byte (lower is better)",
     "completion_loss": "loss per token, nats (lower is better)",
+    "token_kl": "KL from the base per token, nats (lower forgets less)",
+    "next_token_accuracy": "share of targets that were the likeliest token (higher is better)",
+    "calibration_error": "expected calibration error (lower is better)",
+    "exact_match": "exact match (higher is better)",
+    "token_f1": "F1 over words (higher is better)",
+    "rouge_l": "ROUGE-L (higher is better)",
+    "macro_f1": "macro-F1 over classes (higher is better)",
+    "json_valid": "valid JSON (higher is better)",
+    "schema_valid": "meets the references' schema (higher is better)",
+    "term_recall": "recall of the domain's terms (higher is better)",
+    "support": "share of words that the context holds (higher is better)",
+    "repetition": "share of repeated 4-grams (lower is better)",
+    "answer_tokens": "tokens of an answer",
+    "ended": "share of answers that ended of themselves (higher is better)",
 }
 COMPARED = """Paired over the same documents; p-values are corrected for the number of models (Holm). \
 The minimal detectable difference is the one that 80 % of such samples would find."""

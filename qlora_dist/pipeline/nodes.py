@@ -43,8 +43,10 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
     models: dict[str, Node | None] = {"base": None, **adapters}
     if merged := _add_merged(plan, config, adapters):
         models["merged"] = merged
-    for name, node in models.items():
-        needs = {"base": base, **({"adapter": node} if node else {}), **held_out}
+    asked = {"tokenizer": tokenizer, **{f"splits-{name}": node for name, node in splits.items()}}
+    asked = asked if config.evaluate.max_answers else {}
+    for name, adapter in models.items():
+        needs = {"base": base, **({"adapter": adapter} if adapter else {}), **held_out, **asked}
         _add_scores(plan, config, name, needs)
     return plan
 
@@ -124,7 +126,8 @@ def _add_merged(plan: Plan, config: RunConfig, adapters: dict[str, Node]) -> Nod
 
 def _add_scores(plan: Plan, config: RunConfig, name: str, needs: dict[str, Node]) -> Node:
     full = config.train.method is Method.full and "adapter" in needs
-    told_ = told.ScoresConfig(model=config.model, evaluate=config.evaluate, name=name, full=full)
+    render = {domain: c.render for domain, c in config.domain.items()} if config.evaluate.max_answers else {}
+    told_ = told.ScoresConfig(model=config.model, evaluate=config.evaluate, render=render, name=name, full=full)
     return plan.add("scores", name, told_, inputs=needs)
 
 

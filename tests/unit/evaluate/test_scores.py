@@ -21,6 +21,8 @@ from qlora_dist.evaluate.scores import score_model
 
 from .models import END, model_config, random_rows, save_base, save_lora, write_rows
 
+LIKELIHOOD = ("bits_per_byte", "completion_loss", "next_token_accuracy", "calibration_error")
+
 
 def score(folder: Path, inputs: Mapping[str, Path], name: str = "base", **evaluate: Any) -> list[dict[str, Any]]:
     out = folder / f"scores-{name}"
@@ -86,7 +88,7 @@ def test_scores_are_ratios_of_sums_with_an_interval_around_them(inputs: dict[str
     rows = score(tmp_path, inputs)
     documents = [d for d in read_documents(tmp_path / "scores-base") if d.domain == "legal"]
     value = {(r["domain"], r["metric"]): r for r in rows}
-    assert set(value) == {(d, m) for d in ("legal", "general") for m in ("bits_per_byte", "completion_loss")}
+    assert set(value) == {(d, m) for d in ("legal", "general") for m in LIKELIHOOD}
     bits = value["legal", "bits_per_byte"]
     assert bits["value"] == pytest.approx(sum(d.nll_bits for d in documents) / sum(d.bytes for d in documents))
     assert bits["low"] < bits["value"] < bits["high"]
