@@ -58,3 +58,12 @@ class MergeConfig:
         if self.method is MergeMethod.concat and bounded:
             repair = f"Set {key}.method=svd for the best lower rank."
             raise bad_value(f"{key}.rank", self.rank, "0, with energy 0: concat is the exact sum", repair)
+
+
+@dataclass(kw_only=True, slots=True)
+class OuterConfig:
+    """The outer Nesterov step of workers that are averaged from a shared start; `workers` are who should come back."""
+
+    learning_rate: float = setting(0.9, above=0, at_most=2)
+    momentum: float = setting(0.5, at_least=0, below=1)
+    workers: list[str] = setting(list)
