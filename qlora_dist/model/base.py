@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_dist.config.model import ModelConfig, Quantization
 from qlora_dist.config.stages import BaseConfig
 from qlora_dist.errors import ModelError
+from qlora_dist.model.prequantized import FOLDER, storage_of, write_prequantized
 from qlora_dist.model.weights import find_weights, folder_digest, read_json
 from qlora_dist.runtime import Facts, log, write_json
 
@@ -22,7 +24,10 @@ BASE_FILE = "base.json"
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What a base model is: where it lies, the digest of its bytes, and its shape."""
+    """What a base model is: where it lies, the digest of its bytes, and its shape.
+
+    `storage` says how its pre-quantized copy is stored ("" where there is none), `prequantized` in which folder.
+    """
 
     path: str
     revision: str
@@ -34,6 +39,8 @@ class Base:
     hidden_size: int
     max_position_embeddings: int
     dtype: str
+    storage: str = ""
+    prequantized: str = ""
 
     def folder(self) -> Path:
         """Returns the local folder that holds the files: the path itself, or the hub's cache."""
@@ -41,7 +48,7 @@ class Base:
 
 
 def prepare_base(config: BaseConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
-    """Checks the base model and writes `base.json`, which says what it is.
+    """Checks the base model, writes `base.json`, which says what it is, and quantizes it once for all that follows.
 
     The base is `model.path`, or the folder of input `tiny` when that is empty.
 
@@ -51,14 +58,21 @@ def prepare_base(config: BaseConfig, inputs: Mapping[str, Path], out: Path) -> F
     path = config.model.path or str(inputs["tiny"])
     folder = model_folder(path, config.model.revision)
     base = describe_base(folder, str(folder) if Path(path).expanduser().is_dir() else path, config.model.revision)
-    write_json(out / BASE_FILE, asdict(base))
-    return asdict(base)
+    facts = asdict(base)
+    if storage := storage_of(config.model):
+        started = time.monotonic()
+        num_bytes = write_prequantized(load_model(base, config.model), out / FOLDER)
+        log.info("quantized %s in %.1f s: %.2f GB", base.path, time.monotonic() - started, num_bytes / 1e9)
+        facts |= {"storage": storage, "prequantized_bytes": num_bytes}
+    write_json(out / BASE_FILE, facts)
+    return facts
 
 
 def open_base(folder: Path) -> Base:
     """Reads the description that stage `base` wrote into `folder`."""
     fields = read_json(folder / BASE_FILE, "run stage `base` first")
-    return Base(**{name: fields[name] for name in Base.__dataclass_fields__})
+    known = {name: fields[name] for name in Base.__dataclass_fields__ if name in fields}
+    return Base(**known | {"prequantized": str(folder / FOLDER) if known.get("storage") else ""})
 
 
 def model_folder(path: str, revision: str) -> Path:

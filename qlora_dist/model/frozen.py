@@ -23,14 +23,18 @@ class FrozenLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.layer = layer
-        self.quant_state: Any = getattr(layer.weight, "quant_state", None)
         self.compute_dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
         self._dense_OI: torch.Tensor | None = None
 
     @property
     def is_4bit(self) -> bool:
         """Says whether the layer's weight is stored in 4 bits."""
-        return self.quant_state is not None
+        return hasattr(self.layer, "quant_state")
+
+    @property
+    def quant_state(self) -> Any:
+        """Returns the scales of a 4-bit weight: of its weight, or of its layer where sharding has unwrapped that."""
+        return getattr(self.layer.weight, "quant_state", None) or self.layer.quant_state
 
     @property
     def dense_bytes(self) -> int:
@@ -42,7 +46,7 @@ class FrozenLinear(nn.Module):
         if self._dense_OI is not None:
             return self._dense_OI
         weight = self.layer.weight
-        if self.quant_state is None:
+        if not self.is_4bit:
             return weight
         import bitsandbytes.functional as bnb
 
@@ -56,7 +60,7 @@ class FrozenLinear(nn.Module):
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         """Returns x W^T + b."""
         bias = self.layer.bias
-        if self.quant_state is None or self._dense_OI is not None:
+        if not self.is_4bit or self._dense_OI is not None:
             return linear(x_BTI, self.weight(), bias)
         y_BTO: torch.Tensor = _DequantizedProduct.apply(x_BTI, self)
         return y_BTO if bias is None else y_BTO + bias

@@ -13,6 +13,7 @@ from qlora_dist.config.train import StrategyConfig, StrategyName, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.model.base import Base, load_model
 from qlora_dist.model.frozen import keep_dense_within
+from qlora_dist.model.prequantized import PrequantizedReader, build_skeleton, is_stored
 from qlora_dist.runtime import Facts
 from qlora_dist.train.adapter_file import check_saved, save_lane
 from qlora_dist.train.certificate import Certificate
@@ -32,6 +33,7 @@ from qlora_dist.train.memory import free_memory_bytes
 from qlora_dist.train.processes import joined
 from qlora_dist.train.step import Stepper
 from qlora_dist.train.strategies import Strategy
+from qlora_dist.train.strategies.ddp import frozen_parameters
 from qlora_dist.train.training import Training
 from qlora_dist.train.validation import row_losses
 
@@ -89,21 +91,44 @@ class Engine:
     ) -> Engine:
         """Loads the base, puts the lanes on it, and places it."""
         strategy, num_parts = make_strategy(strategy_config)
-        loaded = load_model(base, model)
+        stored = is_stored(base, model)
+        loaded = build_skeleton(base, model) if stored else load_model(base, model)
         seating = attach_lanes(loaded, lanes)
         for lane in lanes:
             lane.make_optimizer()
         if train.activation_checkpointing:
             loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        lane_model = LaneModel(loaded)
-        lane_model.train()
-        whole_bytes = sum(p.numel() * p.element_size() for p in lane_model.parameters() if not p.requires_grad)
-        engine = cls(Stepper(lane_model, lanes, seating, strategy), whole_bytes, num_parts)
-        check_base(engine.certificate, lane_model, model)
-        strategy.prepare(lane_model)
+        engine = cls(Stepper(LaneModel(loaded).train(), lanes, seating, strategy), 0, num_parts)
+        if stored:
+            engine.place_stored(base, model)
+        else:
+            engine.place(model)
         if num_parts == 1:
-            engine.dense_cache_bytes = keep_dense_within(lane_model, cache_budget(train, strategy.device))
+            engine.dense_cache_bytes = keep_dense_within(engine.stepper.model, cache_budget(train, strategy.device))
         return engine
+
+    def place(self, model: ModelConfig) -> None:
+        """Places a base that is in memory whole."""
+        self._measure(model)
+        self.stepper.strategy.prepare(self.stepper.model)
+
+    def place_stored(self, base: Base, model: ModelConfig) -> None:
+        """Places a pre-quantized base: read whole, or divided first, so that each rank reads its part alone."""
+        lane_model = self.stepper.model
+        with PrequantizedReader(base) as reader:
+            if self.num_parts == 1:
+                reader.fill(lane_model.model)
+                self.place(model)
+                return
+            reader.shape_on_meta(lane_model.model)
+            self._measure(model)
+            self.stepper.strategy.prepare(lane_model)
+            reader.fill_parts(lane_model.model)
+
+    def _measure(self, model: ModelConfig) -> None:
+        """Notes the base's bytes and dtypes while its parameters have their whole shapes."""
+        self.whole_bytes = sum(p.numel() * p.element_size() for p in frozen_parameters(self.stepper.model))
+        check_base(self.certificate, self.stepper.model, model)
 
     def facts(self) -> Facts:
         """Returns what the manifest says of how the base was held."""

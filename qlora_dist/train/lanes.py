@@ -19,7 +19,7 @@ from qlora_dist.config.train import LoraConfig, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.model.frozen import FrozenLinear
 from qlora_dist.model.lora import attach_lora
-from qlora_dist.runtime import set_seed
+from qlora_dist.runtime import device, set_seed
 from qlora_dist.train.budget import Budget
 
 PEFT_PREFIX = "base_model.model."
@@ -81,8 +81,8 @@ class LaneLinear(nn.Module):
 
     def add(self, lane: int, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float, dropout: float) -> None:
         """Gives the layer one more lane's factors."""
-        self.A[str(lane)] = nn.Parameter(A_RI.detach().float().clone())
-        self.B[str(lane)] = nn.Parameter(B_OR.detach().float().clone())
+        self.A[str(lane)] = nn.Parameter(A_RI.detach().to(device(), torch.float32, copy=True))
+        self.B[str(lane)] = nn.Parameter(B_OR.detach().to(device(), torch.float32, copy=True))
         self.scale[lane], self.dropout[lane] = scale, dropout
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
