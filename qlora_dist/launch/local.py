@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import psutil
 
+from qlora_dist.errors import Preempted
 from qlora_dist.launch.base import Job, Machine, State
 from qlora_dist.pipeline.__main__ import LAUNCHER_VARIABLE
 from qlora_dist.runtime import PROGRESS_VARIABLE
 
 GRACE_S = 15.0
 """How long a job may take to end after SIGTERM, before SIGKILL."""
+MOST_LIVES = 100
+"""How often a job that stops with a checkpoint is run again."""
 
 
 def this_machine() -> Machine:
@@ -46,6 +50,7 @@ class LocalLauncher:
         self._states: dict[str, State] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._gpus: dict[str, list[str]] = {}
+        self._lives: dict[str, int] = {}
 
     def submit(self, job: Job) -> None:
         """Takes a job; it starts in a later `poll`."""
@@ -56,7 +61,7 @@ class LocalLauncher:
         """Takes note of what has ended, skips what can't run any more, and starts what fits."""
         for name, process in list(self._processes.items()):
             if process.poll() is not None:
-                self._states[name] = State.done if process.returncode == 0 else State.failed
+                self._states[name] = self._end_of(name, process.returncode)
                 del self._processes[name]
                 self._gpus.pop(name, None)
         for name in [n for n, state in self._states.items() if state is State.waiting]:
@@ -82,6 +87,23 @@ class LocalLauncher:
         self._processes.clear()
         self._states |= {n: State.cancelled for n, state in self._states.items() if state is State.waiting}
 
+    def _end_of(self, name: str, code: int) -> State:
+        """Reads a job's end; one that stopped with a checkpoint waits to be run again.
+
+        torchrun answers 1 whatever its processes answered, so what the job left beside its log counts first.
+        """
+        if code == 0:
+            return State.done
+        with contextlib.suppress(OSError, ValueError):
+            code = json.loads(self._failure(name).read_text(encoding="utf-8"))["exit_code"]
+        if code != Preempted.exit_code:
+            return State.failed
+        self._lives[name] = self._lives.get(name, 0) + 1
+        return State.waiting if self._lives[name] < MOST_LIVES else State.failed
+
+    def _failure(self, name: str) -> Path:
+        return self._jobs[name].log.with_suffix(".failed.json")
+
     def _fits(self, job: Job) -> bool:
         running = [self._jobs[name] for name in self._processes]
         if not running:
@@ -97,6 +119,7 @@ class LocalLauncher:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         progress = job.log.with_suffix(".progress.json")
         progress.unlink(missing_ok=True)
+        self._failure(job.name).unlink(missing_ok=True)
         environment = os.environ | job.environment | {PROGRESS_VARIABLE: str(progress)}
         environment |= {LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         if job.gpus:

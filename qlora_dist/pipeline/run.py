@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import platform
@@ -18,16 +19,13 @@ from typing import Any
 
 import psutil
 
-from qlora_dist.artifacts.owner import OwnedError, describe, owned
+from qlora_dist.artifacts.owner import OwnedError, describe, living_owner, owned
 from qlora_dist.artifacts.store import Manifest
 from qlora_dist.config.evaluate import TrackingConfig, TrackingName
 from qlora_dist.errors import ArtifactError, QloraDistError
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
-from qlora_dist.runtime import Facts, clear, log, rank, sinks, write_json
-
-AGAIN = 75
-"""The exit code that means "stopped on request with a checkpoint: run me again"."""
+from qlora_dist.runtime import Facts, clear, log, rank, sinks, world_size, write_json
 
 
 def run_node(plan: Plan, node: Node) -> None:
@@ -42,7 +40,7 @@ def run_node(plan: Plan, node: Node) -> None:
             log.info("%s is finished: nothing to do", node.name)
             return
         out = store.partial(node.id)
-        if not STAGES[node.stage].resumes:
+        if rank() == 0 and not STAGES[node.stage].resumes:
             clear(out)
         started = time.monotonic()
         try:
@@ -83,15 +81,20 @@ def _track(plan: Plan, node: Node, stack: ExitStack) -> None:
 
 @contextmanager
 def _ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
-    """Owns the node's `.partial` folder; waits while another live process makes the same artifact."""
+    """Owns the node's `.partial` folder, on rank 0; waits while another live process makes the same artifact."""
     store, partial = plan.store, plan.store.partial(node.id)
-    if rank() != 0:
-        yield True
-        return
+    job = f"{plan.experiment}: {node.name}{_torchrun()}"
     told = False
     while not store.is_finished(node.id):
+        if rank() != 0:
+            owner = living_owner(partial) if partial.exists() else None
+            if owner and owner["job"] == job:
+                yield True
+                return
+            time.sleep(poll_s / 10)
+            continue
         try:
-            with owned(partial, f"{plan.experiment}: {node.name}"):
+            with owned(partial, job):
                 yield True
                 return
         except OwnedError as error:
@@ -100,6 +103,12 @@ def _ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
             told = True
             time.sleep(poll_s)
     yield False
+
+
+def _torchrun() -> str:
+    """Names the launch this process belongs to, so that its ranks know their own rank 0's mark."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    return f" ({':'.join(os.environ.get(name, '') for name in names)})" if world_size() > 1 else ""
 
 
 def _manifest(plan: Plan, node: Node, facts: Facts, seconds: float) -> Manifest:
@@ -169,7 +178,8 @@ def failure_path(plan: Plan, node: Node) -> Path:
 
 def run_and_report(plan: Plan, node: Node) -> int:
     """Runs a node and returns its exit code; a failure is printed and left in `failure_path`."""
-    failure_path(plan, node).unlink(missing_ok=True)
+    if world_size() == 1:
+        failure_path(plan, node).unlink(missing_ok=True)
     try:
         run_node(plan, node)
     except QloraDistError as error:
@@ -184,7 +194,13 @@ def run_and_report(plan: Plan, node: Node) -> int:
 
 
 def _leave_word(plan: Plan, node: Node, message: str, code: int) -> int:
+    """Prints the failure and leaves it for the launcher; of several failing ranks the first one's stays."""
     print(f"error: {message}", file=sys.stderr)
-    if rank() == 0:
-        write_json(failure_path(plan, node), {"node": node.name, "message": message, "exit_code": code})
+    final = failure_path(plan, node)
+    aside = final.with_name(f"{final.name}.{rank()}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    write_json(aside, {"node": node.name, "message": message, "exit_code": code, "rank": rank()})
+    with contextlib.suppress(FileExistsError):
+        final.hardlink_to(aside)
+    aside.unlink()
     return code

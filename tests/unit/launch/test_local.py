@@ -115,6 +115,33 @@ def test_cancel_kills_a_job_that_ignores_sigterm(tmp_path: Path, monkeypatch):
     assert launcher.poll() == {"deaf": State.cancelled}
 
 
+def test_a_job_that_stopped_with_a_checkpoint_is_run_again(tmp_path: Path):
+    launcher = LocalLauncher(MACHINE)
+    lives = tmp_path / "lives"
+    code = f"""
+import sys
+open({str(lives)!r}, "a").write("x")
+sys.exit(75 if len(open({str(lives)!r}).read()) < 3 else 0)
+"""
+    launcher.submit(job(tmp_path, "a", code))
+    assert finish(launcher) == {"a": State.done}
+    assert lives.read_text() == "xxx"
+
+
+def test_what_a_job_left_beside_its_log_counts_before_its_exit_code(tmp_path: Path):
+    launcher = LocalLauncher(MACHINE)
+    mark, word = tmp_path / "mark", tmp_path / "a.failed.json"
+    code = f"""
+import os, sys
+if not os.path.exists({str(mark)!r}):
+    open({str(mark)!r}, "w").close()
+    open({str(word)!r}, "w").write('{{"exit_code": 75}}')
+    sys.exit(1)
+"""
+    launcher.submit(job(tmp_path, "a", code))
+    assert finish(launcher) == {"a": State.done}
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, signal.SIG_DFL)
