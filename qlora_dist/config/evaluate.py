@@ -13,6 +13,7 @@ class TrackingName(Enum):
 
     offline = "offline"
     wandb = "wandb"
+    tensorboard = "tensorboard"
     none = "none"
 
 
@@ -26,7 +27,7 @@ class Gate(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Which held-out split is scored, how much of it, how many questions are answered, and what a model must reach to be shipped.
+    """Which held-out split is scored and how much of it, how many questions are put, what a model must reach.
 
     `min_gain` and `max_forgetting` are in bits per byte, against the base: on each domain, and on `general`.
     """

@@ -16,7 +16,7 @@ from qlora_dist.evaluate.calibration import Calibration
 from qlora_dist.evaluate.documents import Document, score_rows, write_documents
 from qlora_dist.evaluate.likelihood import measure_rows
 from qlora_dist.evaluate.loading import open_scored_model
-from qlora_dist.runtime import Facts, Progress, device, set_seed, write_json
+from qlora_dist.runtime import Facts, Progress, device, log_metrics, set_seed, write_json
 
 SCORES_FILE = "scores.json"
 ROWS_PREFIX = "rows-"
@@ -41,6 +41,7 @@ def score_model(config: ScoresConfig, inputs: Mapping[str, Path], out: Path) -> 
     write_answers(answers, out)
     table += answer_rows(config.name, answers)
     write_json(out / SCORES_FILE, {"rows": table})
+    log_metrics(0, {f"{row['domain']}/{row['metric']}": row["value"] for row in table})
     return {
         "scores": table,
         "num_documents": len(documents),

@@ -38,9 +38,15 @@ def open_tracker(
     if rank() != 0 or config.name is TrackingName.none:
         yield None
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.name is TrackingName.tensorboard:
+        from qlora_dist.tracking.tensorboard import open_board
+
+        with open_board(folder, run_id, recipe) as board:
+            yield board
+        return
     from qlora_dist.tracking.weights_and_biases import Run, open_run
 
-    folder.mkdir(parents=True, exist_ok=True)
     online = config.name is TrackingName.wandb
     run = Run(name=name, run_id=run_id, group=group, job_type=job_type, recipe=recipe)
     with open_run(run, project=config.project, folder=folder, online=online) as sink:

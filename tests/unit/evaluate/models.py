@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from qlora_dist.config.model import ModelConfig, Quantization
 from qlora_dist.config.stages import BaseConfig
 from qlora_dist.data.rows import SEGMENT
 from qlora_dist.model.adapter import Provenance, save_adapter, write_provenance
-from qlora_dist.model.base import open_base, prepare_base
+from qlora_dist.model.base import Base, open_base, prepare_base
 
 VOCAB, END, START, PAD = 64, 1, 0, 2
 
@@ -47,22 +48,13 @@ def model_config(folder: Path) -> ModelConfig:
 
 def save_lora(base_folder: Path, folder: Path, seed: int = 1, scale: float = 0.3) -> Path:
     """Saves an adapter of random factors that belongs to the base."""
-    import peft
-    from transformers import AutoModelForCausalLM
 
-    base = open_base(base_folder)
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=scale)
-    folder.mkdir()
-    save_adapter(model, folder, base)
-    told = Provenance(base_path=base.path, base_revision="", base_digest=base.digest, tokenizer_digest="",
-                      quantization="none", dtype="float32", trained_tokens=1)  # fmt: skip
-    write_provenance(folder, told)
-    return folder
+    def randomize(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=scale)
+
+    return save_trained_lora(open_base(base_folder), folder, randomize, lora_rank=4, seed=seed)
 
 
 def write_rows(folder: Path, rows: Sequence[Sequence[tuple[int, list[int], int]]], row_tokens: int = 48) -> Path:
@@ -99,3 +91,20 @@ def random_rows(folder: Path, num_rows: int = 12, seed: int = 0) -> Path:
         rows.append([(record, texts[0], 1), (record, texts[1], 1), (record + 1, texts[2], 4)])
         record += 2
     return write_rows(folder, rows)
+
+
+def save_trained_lora(base: Base, folder: Path, train: Callable[[Any], None], lora_rank: int, seed: int = 1) -> Path:
+    """Saves an adapter that belongs to the base, after `train(model)` has changed its factors."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), config)
+    train(model)
+    folder.mkdir()
+    save_adapter(model, folder, base)
+    told = Provenance(base_path=base.path, base_revision="", base_digest=base.digest, tokenizer_digest="",
+                      quantization="none", dtype="float32", trained_tokens=1)  # fmt: skip
+    write_provenance(folder, told)
+    return folder

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from qlora_dist.config.evaluate import TrackingConfig, TrackingName
+from qlora_dist.errors import ConfigError
 from qlora_dist.tracking import open_tracker
 
 
@@ -150,3 +151,25 @@ def test_unreachable_server_does_not_stop_the_training(
 def test_config_and_planning_do_not_import_wandb() -> None:
     code = "import sys, qlora_dist.tracking; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tensorboard_holds_every_step_and_the_config_and_joins_a_requeue(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="pip install -e .[tensorboard]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in ((1, 2), (3,)):
+        with run_of(tmp_path, TrackingName.tensorboard) as sink:
+            for step in steps:
+                sink.log(step, {"loss": 4.0 / step, "learning_rate": 0.1})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "adapter-legal-0-abc123")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
+    assert len(events.Scalars("learning_rate")) == 3
+    assert b"lora_rank" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_that_is_not_installed_is_named_with_the_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"qlora_dist\[tensorboard\]"), run_of(tmp_path, TrackingName.tensorboard):
+        pass
