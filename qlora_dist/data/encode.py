@@ -17,7 +17,7 @@ import numpy as np
 
 from qlora_dist.config.data import RenderConfig, TrainOn
 from qlora_dist.data.record import Message, Record
-from qlora_dist.data.templates import PLAIN, REPAIR, ChatTemplate, Span
+from qlora_dist.data.templates import PLAIN, REPAIR, ChatTemplate, RefusedError, Span
 from qlora_dist.errors import DataError
 
 CHUNK_CHARS = 2**18
@@ -94,13 +94,14 @@ class Encoder:
         return sizes
 
     def check_template(self) -> None:
-        """Checks with a conversation of its own that the template trains the end token and holds at most one BOS.
+        """Checks with a conversation of its own that the template is prefix-stable, ends turns and has one BOS at most.
 
         Raises:
             DataError: if it doesn't.
         """
         turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        encoded = next(self._encode_conversations([turns]))
+        self.template.conversation(turns + turns)
+        encoded = next(self._encode_conversations([turns + turns]))
         assert isinstance(encoded, Encoded)
         last = int(encoded.tokens_N[encoded.trained_N][-1])
         if last not in self.silent_ids:
@@ -137,15 +138,18 @@ class Encoder:
     def _encode_conversations(self, conversations: list[list[Message]]) -> Iterator[Encoded | str]:
         rendered = [self._rendered(messages) for messages in conversations]
         self.tokenizer.encode_special_tokens = False
-        texts = [item[0] for item in rendered if item]
+        texts = [item[0] for item in rendered if not isinstance(item, str)]
         encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
         for item in rendered:
-            yield self._marked(*item, next(encodings)) if item else "special token in text"
+            yield item if isinstance(item, str) else self._marked(*item, next(encodings))
 
-    def _rendered(self, messages: list[Message]) -> tuple[str, list[Span]] | None:
+    def _rendered(self, messages: list[Message]) -> tuple[str, list[Span]] | str:
         if any(token in m["content"] for m in messages for token in self._special_texts):
-            return None
-        return self.template.conversation(messages)
+            return "special token in text"
+        try:
+            return self.template.conversation(messages)
+        except RefusedError:
+            return "refused by the chat template"
 
     def _marked(self, text: str, spans: list[Span], encoding: Any) -> Encoded:
         tokens_N = np.array(encoding.ids, dtype=np.uint32)

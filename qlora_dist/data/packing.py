@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def pack(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray, 
     rooms = _Rooms(row_tokens)
     order = np.argsort(-lengths, kind="stable")
     starts = np.flatnonzero(np.diff(lengths[order], prepend=-1))
-    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+    for start, end in pairwise([*starts.tolist(), len(order)]):
         first, length = start, int(lengths[order[start]])
         while first < end:
             room, rows, per_row = rooms.take(length, end - first)

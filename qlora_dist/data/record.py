@@ -72,8 +72,9 @@ class Reject:
     broken: bool = True
 
     def to_line(self) -> str:
-        """Returns it as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        """Returns it as one line of JSON; what is no Unicode in it is written as escapes."""
+        line = json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        return line.encode("utf-8", "backslashreplace").decode()
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}" + (f" ({self.detail})" if self.detail else "")

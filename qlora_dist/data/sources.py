@@ -112,6 +112,8 @@ def files_of(source: SourceConfig, key: str = "path") -> list[Path]:
         types = " ".join(READERS)
         what = f"Files of a known type ({types}; also .gz and .zst of these) are needed." if found else "Nothing there."
         raise bad_value(key, source.path, "a file, a folder, a glob or a hub id (owner/name)", what)
+    if odd := next((p for p in readable if not _is_unicode(p)), None):
+        raise bad_value(key, repr(str(odd)), "files with names in UTF-8", "Rename it.")
     if others := Counter(p.suffix or p.name for p in found if suffix(p) not in READERS):
         shown = ", ".join(f"{n} x {name}" for name, n in others.most_common(5))
         log.warning("%s: files of other types are left out (%s).", source.path, shown)
@@ -208,6 +210,10 @@ def _remembered_digest(piece: Piece) -> str:
     except OSError as error:
         log.info("%s can't be written (%s): the digest of %s is worked out anew each time.", cache, error, piece.path)
     return digest
+
+
+def _is_unicode(path: Path) -> bool:
+    return str(path).encode("utf-8", "replace") == os.fsencode(path)
 
 
 def _is_hidden(path: Path) -> bool:

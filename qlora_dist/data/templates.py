@@ -29,6 +29,10 @@ REPAIR = "Set render.chat_template of the domain to a Jinja file whose rendering
 REPAIR += " beginning of its rendering."
 
 
+class RefusedError(DataError):
+    """A conversation that the template itself refuses: an unknown role, say."""
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Characters `start` to `end` of a rendered conversation: one assistant turn, its end token included."""
@@ -50,7 +54,7 @@ class ChatTemplate:
         Templates that ask for today's date get their own default one: the same records always give the same rows.
 
         Raises:
-            DataError: if the template refuses the conversation.
+            RefusedError: if the template refuses the conversation.
         """
         from jinja2 import TemplateError
 
@@ -61,7 +65,7 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError) as error:
             roles = ", ".join(m["role"] for m in messages)
-            raise DataError(f"The chat template refuses a conversation of {roles}: {error}.") from error
+            raise RefusedError(f"The chat template refuses a conversation of {roles}: {error}.") from error
         return text
 
     def conversation(self, messages: list[Message]) -> tuple[str, list[Span]]:

@@ -16,7 +16,7 @@ TABLE: list[tuple[dict[str, Any], str, list[tuple[str, str]]]] = [
     ({"instruction": "q", "input": "", "output": "r"}, "instruction", [(U, "q"), (A, "r")]),
     ({"input": "i", "output": "r", "system": "s"}, "instruction", [(S, "s"), (U, "i"), (A, "r")]),
     ({"context": "c", "question": "q", "answer": "r"}, "rag", [(U, "Context:\nc\n\nQuestion:\nq"), (A, "r")]),
-    ({"context": ["c", "d"], "question": "q", "answer": "r"}, "rag", [(U, "Context:\nc\n\nd\n\nQuestion:\nq"), (A, "r")]),
+    ({"context": ["c", "d"], "query": "q", "answer": "r"}, "rag", [(U, "Context:\nc\n\nd\n\nQuestion:\nq"), (A, "r")]),
     (
         {"messages": [{"role": S, "content": "s"}, {"role": U, "content": "q"}, {"role": A, "content": "r"}]},
         "chat",

@@ -123,6 +123,12 @@ def test_an_empty_source_is_refused_when_planning(tmp_path: Path) -> None:
         plan_parts(domain(str(tmp_path)))
 
 
+def test_a_file_name_that_is_no_utf8_is_refused_when_planning(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"text": "a"}')
+    with pytest.raises(ConfigError, match="names in UTF-8"):
+        plan_parts(domain(str(tmp_path)))
+
+
 def test_hub_datasets_are_known_by_revision_and_read_through_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

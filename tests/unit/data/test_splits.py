@@ -1,0 +1,177 @@
+"""Splits hold no copies, share nothing, stay put as a corpus grows, and depend on no partition."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_dist.config.data import CleanConfig, Deduplicate, SplitConfig
+from qlora_dist.data.integrity import check_splits
+from qlora_dist.errors import DataError
+
+from .conftest import Corpus, sentence
+
+Make = Callable[..., Corpus]
+SPLITS = ("train", "validation", "test")
+
+
+def near_copy(text: str) -> str:
+    words = text.split()
+    words[5] += "x"
+    return " ".join(words)
+
+
+def texts(corpus: Corpus, split: str) -> list[str]:
+    return [record.text for record in corpus.read(split)]
+
+
+def all_texts(corpus: Corpus) -> list[str]:
+    return sorted(text for split in SPLITS for text in texts(corpus, split))
+
+
+def test_every_record_is_kept_once_or_rejected_with_its_reason(corpus: Make) -> None:
+    wanted = [sentence(i, 120) for i in range(100)]
+    copies = [wanted[3], wanted[4].upper() + "!", near_copy(wanted[5])]
+    made = corpus([{"text": t} for t in wanted], [{"text": t} for t in copies]).records().splits()
+    assert all_texts(made) == sorted(wanted)
+    rejects = made.rejects("splits")
+    assert [r["reason"] for r in rejects] == ["exact copy", "exact copy", "near copy"]
+    assert [(r["file"], r["line"]) for r in rejects] == [("001.jsonl", 1), ("001.jsonl", 2), ("001.jsonl", 3)]
+    facts = made.facts["splits"]
+    assert sum(facts["splits"][s]["records"] for s in SPLITS) + sum(facts["left_out"].values()) == facts["kept"] == 103
+
+
+@settings(max_examples=15)
+@given(
+    numbers=st.lists(st.integers(0, 40), min_size=5, max_size=40),
+    added=st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=20),
+)
+def test_what_is_appended_moves_nothing(tmp_path_factory: Any, numbers: list[int], added: list[Any]) -> None:
+    before = [sentence(i, 60) for i in numbers]
+    after = before + [near_copy(sentence(i, 60)) if near else sentence(i, 60) for i, near in added]
+    made = []
+    for name, examples in (("before", before), ("after", after)):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in examples))
+        made.append(_taken(folder, SplitConfig(validation_share=0.3, test_share=0.3, drop_contaminated=False)))
+    for split in SPLITS:
+        assert set(made[0][split]) <= set(made[1][split])
+
+
+def _taken(folder: Path, split: SplitConfig) -> dict[str, list[str]]:
+    """Splits without the mending of empty held-out sets, which only chance in tiny corpora makes necessary."""
+    from qlora_dist.config.data import DomainConfig, SourceConfig
+    from qlora_dist.data.record import parse_record
+    from qlora_dist.data.signatures import Index
+    from qlora_dist.data.splits import decide
+
+    made = Corpus(folder, DomainConfig(sources=[SourceConfig(path=str(folder / "a.jsonl"))], split=split)).records()
+    parts = list(made.parts().values())
+    decisions = decide(Index(parts), split, folder / "scratch")
+    records = [parse_record(line) for part in parts for line in (part / "records.jsonl").read_bytes().splitlines()]
+    taken: dict[str, list[str]] = {name: [] for name in SPLITS}
+    for i, record in enumerate(records):
+        if decisions.copy_of[i] < 0:
+            taken[SPLITS[decisions.split[i]]].append(record.text)
+    return taken
+
+
+@pytest.mark.parametrize("deduplicate", [Deduplicate.none, Deduplicate.exact])
+def test_near_copies_that_stay_lie_in_one_split(corpus: Make, deduplicate: Deduplicate) -> None:
+    originals = [sentence(i, 200) for i in range(60)]
+    examples = originals + [near_copy(t) for t in originals] + [near_copy(near_copy(t)) for t in originals] + originals
+    split = SplitConfig(deduplicate=deduplicate, validation_share=0.25, test_share=0.25, drop_contaminated=False)
+    made = corpus([{"text": t} for t in examples], split=split).records().splits()
+    assert len(all_texts(made)) == (240 if deduplicate is Deduplicate.none else 180)
+    where = {text: name for name in SPLITS for text in texts(made, name)}
+    assert all(where[t] == where[near_copy(t)] == where[near_copy(near_copy(t))] for t in originals)
+
+
+def test_splits_are_the_same_bytes_whatever_the_parts(corpus: Make) -> None:
+    examples = [{"text": sentence(i % 900, 40 + i % 7)} for i in range(1500)]
+    made = [corpus(examples[:700], examples[700:], name=name, part_bytes=size).records().splits()
+            for name, size in (("one", 2**28), ("many", 2**16))]  # fmt: skip
+    assert len(made[1].parts()) > 2
+    for file in (*(f"{split}.jsonl" for split in SPLITS), "rejects.jsonl"):
+        assert (made[0].folder / "splits" / file).read_bytes() == (made[1].folder / "splits" / file).read_bytes()
+
+
+def test_training_records_that_hold_a_held_out_text_are_dropped(corpus: Make) -> None:
+    plain = [{"text": sentence(i, 60)} for i in range(200)]
+    made = corpus(plain, name="clean").records().splits()
+    held_out = texts(made, "test")[0]
+    quoting = [{"text": f"{sentence(900 + i, 200)} {held_out} {sentence(950 + i, 200)}"} for i in range(10)]
+    counts = []
+    for name, drop in (("dropped", True), ("kept", False)):
+        again = corpus(plain, quoting, name=name, split=SplitConfig(drop_contaminated=drop)).records().splits()
+        found = sum(e["text"] in texts(again, "train") for e in quoting)
+        counts.append((found, again.facts["splits"]["contaminated"], len(again.rejects("splits"))))
+        assert set(texts(made, "test")) <= set(texts(again, "test"))
+    assert counts[1][0] > 3
+    assert counts == [(0, counts[1][0], counts[1][0]), (counts[1][0], counts[1][0], 0)]
+
+
+def test_too_many_broken_lines_are_an_error_that_lists_them(corpus: Make) -> None:
+    examples = [{"text": sentence(i)} for i in range(90)] + ["{broken", '{"text": 5}'] * 5
+    made = corpus(examples).records()
+    with pytest.raises(DataError) as caught:
+        made.splits()
+    says = str(caught.value)
+    assert "10 of 100 examples can't be used, more than max_reject_share=0.05" in says
+    assert "000.jsonl:91: broken JSON" in says
+    assert "000.jsonl:92: wrong type (text: expected text, found int)" in says
+    assert len(corpus(examples, name="lenient", max_reject_share=0.1).records().splits().rejects("records-0")) == 10
+
+
+def test_records_dropped_by_wish_do_not_count_as_broken(corpus: Make) -> None:
+    examples = [{"text": sentence(i)} for i in range(50)] + [{"text": "tiny"}] * 50
+    made = corpus(examples, clean=CleanConfig(min_chars=50)).records().splits()
+    assert made.facts["splits"]["reasons"] == {"too short": 50}
+
+
+def test_a_torn_file_is_an_error_at_any_share_of_rejects(corpus: Make, tmp_path: Path) -> None:
+    made = corpus([{"text": sentence(i)} for i in range(500)])
+    (tmp_path / "law" / "raw" / "torn.json").write_text('[{"text": "one"}, {"text":')
+    with pytest.raises(DataError, match=r"can't be read to their end[\s\S]*torn\.json"):
+        made.records().splits()
+
+
+def test_nothing_left_is_an_error(corpus: Make) -> None:
+    with pytest.raises(DataError, match="no record is left"):
+        corpus(["", " "]).records().splits()
+    with pytest.raises(DataError, match="can't be divided"):
+        corpus([{"text": sentence(1)}] * 3, name="copies").records().splits()
+
+
+def test_held_out_sets_of_small_corpora_are_never_empty(corpus: Make) -> None:
+    for number in range(8):
+        examples = [{"text": sentence(100 * number + i)} for i in range(4)]
+        made = corpus(examples, name=f"small{number}").records().splits()
+        assert all(texts(made, split) for split in SPLITS)
+    split = SplitConfig(validation_share=0, test_share=0)
+    made = corpus([{"text": sentence(1)}], name="all", split=split).records().splits()
+    assert [len(texts(made, s)) for s in SPLITS] == [1, 0, 0]
+
+
+def test_licence_and_source_are_carried_to_the_splits(corpus: Make) -> None:
+    made = corpus([{"text": sentence(i)} for i in range(20)], source={"licence": "CC0-1.0"}).records().splits()
+    assert {(r.licence, r.file) for r in made.read("train")} == {("CC0-1.0", "000.jsonl")}
+    assert made.facts["splits"]["splits"]["train"]["licence CC0-1.0"] == len(made.read("train"))
+
+
+@pytest.mark.parametrize("fault", ["record", "text", "near"])
+def test_the_check_of_its_own_sees_what_crosses_a_split(corpus: Make, fault: str) -> None:
+    made = corpus([{"text": sentence(i, 300)} for i in range(60)]).records().splits()
+    folder = made.folder / "splits"
+    stray = json.loads((folder / "test.jsonl").read_text().splitlines()[0])
+    if fault != "record":
+        stray |= {"id": "0" * 16, "cluster": "0" * 16}
+        stray["text"] = stray["text"].title() if fault == "text" else near_copy(stray["text"])
+    with (folder / "train.jsonl").open("a") as train:
+        train.write(json.dumps(stray) + "\n")
+    with pytest.raises(DataError, match="Split integrity"):
+        check_splits(folder, 0.8)
