@@ -105,7 +105,9 @@ def workplace(tmp_path: Path) -> Workplace:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Workplace, int, str]:
-    """One finished run, shared by the tests of a file."""
+    """One finished run, shared by the tests of a file; one line of its corpus is broken."""
     workplace = make_workplace(tmp_path_factory.mktemp("finished"))
+    broken = workplace.folder / "legal" / "corpus.jsonl"
+    broken.write_text(broken.read_text() + '{"text": broken\n')
     code, output = workplace.launch()
     return workplace, code, output

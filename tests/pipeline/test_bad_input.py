@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -32,19 +31,6 @@ def test_an_empty_corpus(workplace):
 def test_an_unknown_key(workplace):
     code, output = workplace.launch("lora.lora_rnk=4")
     assert (code, output) == (2, "error: lora.lora_rnk: there is no such key. Did you mean lora_rank?\n")
-
-
-def test_a_few_broken_lines_are_listed_and_the_run_goes_on(workplace):
-    path = workplace.folder / "legal" / "corpus.jsonl"
-    lines = path.read_text().splitlines()
-    lines[4] = '{"text": broken'
-    path.write_text("\n".join(lines) + "\n")
-    code, output = workplace.launch()
-    assert code == 0, output
-    root = workplace.folder / "runs" / "artifacts"
-    rejects = [json.loads(line) for p in root.glob("records/files-*/rejects.jsonl") for line in p.open()]
-    assert [(Path(r["file"]).name, r["line"]) for r in rejects] == [("corpus.jsonl", 5)]
-    assert rejects[0]["reason"]
 
 
 def test_too_many_broken_lines_stop_the_run_and_are_named(workplace):

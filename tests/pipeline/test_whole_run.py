@@ -78,6 +78,15 @@ def test_the_report_is_one_file_that_names_the_command(finished):
     assert '<link rel="stylesheet"' not in page
 
 
+def test_a_broken_line_is_listed_and_the_run_went_on(finished):
+    workplace, code, _ = finished
+    assert code == 0
+    root = workplace.folder / "runs" / "artifacts"
+    rejects = [json.loads(line) for p in root.glob("records/files-*/rejects.jsonl") for line in p.open()]
+    assert [(Path(r["file"]).name, r["line"]) for r in rejects] == [("corpus.jsonl", 61)]
+    assert "JSON" in rejects[0]["reason"]
+
+
 def test_training_really_lowered_the_loss(finished):
     workplace, _, _ = finished
     for label, curve in workplace.summary["curves"].items():
@@ -119,6 +128,8 @@ def test_plan_only_lists_nodes_with_key_and_state_and_what_changed(finished):
 
 def test_the_same_seed_in_another_folder_gives_the_same_adapter_bytes(finished, workplace):
     first, _, _ = finished
+    for name in ("legal", "general"):
+        (workplace.folder / name / "corpus.jsonl").write_bytes((first.folder / name / "corpus.jsonl").read_bytes())
     code, output = workplace.launch()
     assert code == 0, output
     for pattern in ("adapter/files-0-*/adapter_model.safetensors", "tiny/tiny-*/model.safetensors"):
