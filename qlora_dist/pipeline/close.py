@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,10 +70,9 @@ def is_closed(plan: Plan) -> bool:
 
 
 def use_command(plan: Plan, adapter: Path) -> str:
-    """Returns the one command that loads the shipped adapter on its base."""
+    """Returns the one command that talks to the shipped adapter on its base."""
     shown = Path(os.path.relpath(adapter)) if adapter.is_relative_to(Path.cwd()) else adapter
-    loads = "AutoPeftModelForCausalLM.from_pretrained"
-    return f"python -c \"from peft import AutoPeftModelForCausalLM; print({loads}('{shown}'))\""
+    return f"python -m qlora_dist.chat --adapter {shlex.quote(str(shown))}"
 
 
 def _describe(plan: Plan, node: Node, ending: Ending) -> dict[str, Any]:
