@@ -20,6 +20,8 @@ class MergeMethod(Enum):
     iso = "iso"
     knots_ties = "knots_ties"
     linear_ab = "linear_ab"
+    regmean = "regmean"
+    learned = "learned"
 
 
 class MergeWeights(Enum):
@@ -37,6 +39,9 @@ class MergeConfig:
 
     `rank` and `energy` bound the lora_rank of the result (0: no bound); `density` is the share of entries that
     `ties` and `knots_ties` keep, `drop` the share that `dare` drops, by `seed`.
+
+    With `compare`, these methods at these `scales`, and each part alone, are scored on development data; the one
+    shipped wins the most among those that forget at most `max_forgetting` bits per byte of general text.
     """
 
     method: MergeMethod = setting(MergeMethod.concat)
@@ -47,7 +52,14 @@ class MergeConfig:
     density: float = setting(0.2, above=0, at_most=1)
     drop: float = setting(0.5, at_least=0, below=1)
     seed: int = setting(0, at_least=0)
+    calibration_rows: int = setting(32, at_least=1)
+    gram_keep: float = setting(0.9, at_least=0, at_most=1)
+    steps: int = setting(30, at_least=1)
+    learning_rate: float = setting(0.05, above=0)
     workers: int = execution(0, at_least=0)
+    compare: list[MergeMethod] = setting(list)
+    scales: list[float] = setting(list, above=0, at_most=10)
+    max_forgetting: float = setting(0.1, at_least=0)
 
     def check(self, key: str) -> None:
         """Refuses a bound on an exact sum, and a truncation without one."""

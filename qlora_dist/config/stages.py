@@ -95,10 +95,14 @@ class AdapterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MergedConfig:
-    """Stage `merged`: make one adapter out of several; `weights` are relative, by the input's name."""
+    """Stage `merged`: make one adapter out of several; `shard_weights` are relative, by the input's name.
+
+    `model` is told to methods that run the base (regmean, learned), whose inputs are `base` and `rows-<label>` too.
+    """
 
     merge: MergeConfig = setting(MergeConfig)
     shard_weights: dict[str, float] = setting(dict)
+    model: ModelConfig | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,3 +114,14 @@ class ScoresConfig:
     render: dict[str, RenderConfig] = setting(dict)
     name: str = "base"
     full: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class ChosenConfig:
+    """Stage `chosen`: make every candidate merge, score them on development data, and keep the one to ship."""
+
+    merge: MergeConfig = setting(MergeConfig)
+    shard_weights: dict[str, float] = setting(dict)
+    model: ModelConfig = setting(ModelConfig)
+    evaluate: EvaluateConfig = execution(EvaluateConfig)
+    max_rows: int = 0

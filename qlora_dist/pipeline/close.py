@@ -128,7 +128,7 @@ def _curves(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, list[dict[st
 
 def _ship(plan: Plan, endings: Mapping[str, Ending]) -> Path | None:
     """Copies what is shipped to `adapter/`: the merged adapter, written aside and renamed."""
-    merged = _finished(plan, endings, "merged")
+    merged = _finished(plan, endings, "merged") + _finished(plan, endings, "chosen")
     if not merged:
         return None
     final, aside = plan.folder / "adapter", plan.folder / ".adapter"

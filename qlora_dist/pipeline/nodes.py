@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qlora_dist.artifacts.leaves import folder_digest
@@ -15,7 +15,7 @@ from qlora_dist.data.sources import leaf_digest, plan_parts
 from qlora_dist.errors import QloraDistError
 from qlora_dist.pipeline.plan import Node, Plan
 
-GENERAL = "general"
+GENERAL, DEVELOPMENT = "general", "validation"
 
 
 def make_plan(config: RunConfig, command: str = "") -> Plan:
@@ -26,136 +26,160 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
     Raises:
         ConfigError, DataError: if a source or the base can't be there.
     """
-    root = str(Path(config.root).expanduser().resolve())
-    plan = Plan(experiment=config.name, root=root, command=command, config=everything(config))
-    domains = {GENERAL: config.general, **config.domain}
-    splits = {name: _add_splits(plan, name, domain) for name, domain in domains.items()}
-    tokenizer = _add_tokenizer(plan, config, splits)
-    held_out = {}
-    for name, node in splits.items():
-        told_ = told.RowsConfig(
-            split=config.evaluate.split, row_tokens=config.train.row_tokens, render=domains[name].render
-        )
-        inputs = {"tokenizer": tokenizer, "splits": node}
-        held_out[f"rows-{name}"] = plan.add("rows", f"{name}-{told_.split}", told_, inputs=inputs)
-    base = _add_base(plan, config, tokenizer, splits[GENERAL])
-    adapters = _add_adapters(plan, config, tokenizer, base, splits)
-    models: dict[str, Node | None] = {"base": None, **adapters}
-    if merged := _add_merged(plan, config, adapters):
-        models["merged"] = merged
-    asked = {"tokenizer": tokenizer, **{f"splits-{name}": node for name, node in splits.items()}}
-    asked = asked if config.evaluate.max_answers else {}
-    for name, adapter in models.items():
-        needs = {"base": base, **({"adapter": adapter} if adapter else {}), **held_out, **asked}
-        _add_scores(plan, config, name, needs)
-    return plan
+    planner = _Planner(config, command)
+    adapters = {label: node for name in config.domain for label, node in planner.adapters_of(name).items()}
+    if config.train.method is Method.full:
+        planner.plan.notes.append("train.method=full: full models are scored one by one, not merged.")
+        models = adapters
+    elif config.merge.compare:
+        models = {"merged": planner.chosen(adapters)}
+    else:
+        models = {**adapters, "merged": planner.merged(adapters)}
+    planner.scores("base", None)
+    for name, node in models.items():
+        planner.scores(name, node)
+    return planner.plan
 
 
-def _add_splits(plan: Plan, name: str, domain: DomainConfig) -> Node:
-    parts = {}
-    try:
-        pieces = plan_parts(domain)
-    except QloraDistError as error:
-        raise type(error)(f"domain.{name}: {error}") from error
-    for part, files in enumerate(pieces):
-        config = told.RecordsConfig(domain=name, source=domain, files=files, part=part)
-        leaves = {"files": leaf_digest(files)}
-        parts[f"records-{part}"] = plan.add("records", f"{name}-{part}", config, leaves=leaves)
-    config_ = told.SplitsConfig(domain=name, split=domain.split, max_reject_share=domain.max_reject_share)
-    return plan.add("splits", name, config_, inputs=parts)
+class _Planner:
+    """Adds the nodes of one run to its plan, each after what it reads."""
 
+    def __init__(self, config: RunConfig, command: str) -> None:
+        self.config = config
+        root = str(Path(config.root).expanduser().resolve())
+        self.plan = Plan(experiment=config.name, root=root, command=command, config=everything(config))
+        self.domains: dict[str, DomainConfig] = {GENERAL: config.general, **config.domain}
+        self.splits = {name: self._splits(name) for name in self.domains}
+        self.tokenizer = self._tokenizer()
+        self.base = self._base()
 
-def _add_tokenizer(plan: Plan, config: RunConfig, splits: dict[str, Node]) -> Node:
-    model = config.model
-    if model.path:
-        told_ = told.TokenizerConfig(path=model.path, revision=model.revision)
-        return plan.add("tokenizer", model_label(config), told_, leaves=_base_leaves(plan, config))
-    inputs = {f"splits-{name}": node for name, node in splits.items()}
-    return plan.add("tokenizer", "tiny", told.TokenizerConfig(tiny=model.tiny), inputs=inputs)
-
-
-def _add_base(plan: Plan, config: RunConfig, tokenizer: Node, general: Node) -> Node:
-    told_ = told.BaseConfig(model=config.model)
-    if config.model.path:
-        return plan.add("base", model_label(config), told_, leaves=_base_leaves(plan, config))
-    tiny = config.model.tiny
-    rows_config = told.RowsConfig(split="train", row_tokens=tiny.context_tokens, render=config.general.render)
-    rows = plan.add("rows", "general-train", rows_config, inputs={"tokenizer": tokenizer, "splits": general})
-    made = plan.add("tiny", "tiny", told.TinyStageConfig(tiny=tiny), inputs={"tokenizer": tokenizer, "rows": rows})
-    return plan.add("base", "tiny", told_, inputs={"tiny": made})
-
-
-def _add_adapters(
-    plan: Plan, config: RunConfig, tokenizer: Node, base: Node, splits: dict[str, Node]
-) -> dict[str, Node]:
-    adapters = {}
-    for name, domain in config.domain.items():
+    def adapters_of(self, name: str) -> dict[str, Node]:
+        """Adds a domain's shards, and the rows and the adapter of each; returns the adapters by label."""
+        config, domain = self.config, self.domains[name]
         shards_config = told.ShardsConfig(
             domain=name, num_shards=domain.num_shards, shard_mode=domain.shard_mode, render=domain.render
         )
-        shards = plan.add("shards", name, shards_config, inputs={"tokenizer": tokenizer, "splits": splits[name]})
-        rows_config = told.RowsConfig(split="validation", row_tokens=config.train.row_tokens, render=domain.render)
-        inputs = {"tokenizer": tokenizer, "splits": splits[name]}
-        validation = plan.add("rows", f"{name}-validation", rows_config, inputs=inputs)
+        inputs = {"tokenizer": self.tokenizer, "splits": self.splits[name]}
+        shards = self.plan.add("shards", name, shards_config, inputs=inputs)
+        adapter_config = told.AdapterConfig(
+            model=config.model, lora=config.lora, train=config.train, strategy=config.strategy, seed=config.seed
+        )
+        needs = {"base": self.base, "tokenizer": self.tokenizer, "validation": self._held_out(name, DEVELOPMENT)}
+        adapters = {}
         for shard in range(domain.num_shards):
             label = f"{name}-{shard}"
             rows_config = told.RowsConfig(
                 split="train", shard=shard, row_tokens=config.train.row_tokens, render=domain.render
             )
-            rows = plan.add("rows", label, rows_config, inputs={"tokenizer": tokenizer, "shards": shards})
-            needs = {"base": base, "tokenizer": tokenizer, "rows": rows, "validation": validation}
-            adapters[label] = _add_adapter(plan, config, label, needs)
-    return adapters
+            rows = self.plan.add("rows", label, rows_config, inputs={"tokenizer": self.tokenizer, "shards": shards})
+            ranks = config.strategy.world_size
+            adapters[label] = self.plan.add(
+                "adapter", label, adapter_config, inputs={**needs, "rows": rows}, world_size=ranks
+            )
+        return adapters
 
+    def merged(self, adapters: Mapping[str, Node]) -> Node:
+        """Adds the merge that the config names."""
+        config = told.MergedConfig(merge=self.config.merge, shard_weights=self._shard_weights())
+        return self.plan.add("merged", "all", config, inputs=adapters)
 
-def _add_adapter(plan: Plan, config: RunConfig, label: str, needs: dict[str, Node]) -> Node:
-    told_ = told.AdapterConfig(
-        model=config.model, lora=config.lora, train=config.train, strategy=config.strategy, seed=config.seed
-    )
-    return plan.add("adapter", label, told_, inputs=needs, world_size=config.strategy.world_size)
+    def chosen(self, adapters: Mapping[str, Node]) -> Node:
+        """Adds the referee: several merges compared on development data."""
+        config = told.ChosenConfig(
+            merge=self.config.merge,
+            shard_weights=self._shard_weights(),
+            model=self.config.model,
+            evaluate=self.config.evaluate,
+            max_rows=self.config.evaluate.max_rows,
+        )
+        inputs = {"base": self.base} | {f"adapter-{label}": node for label, node in adapters.items()}
+        inputs |= {f"rows-{name}": self._held_out(name, DEVELOPMENT) for name in self.domains}
+        return self.plan.add("chosen", "all", config, inputs=inputs)
 
+    def scores(self, name: str, adapter: Node | None) -> Node:
+        """Adds the scores of one model on every held-out set."""
+        evaluate, full = self.config.evaluate, self.config.train.method is Method.full and adapter is not None
+        render = {domain: c.render for domain, c in self.config.domain.items()} if evaluate.max_answers else {}
+        config = told.ScoresConfig(model=self.config.model, evaluate=evaluate, render=render, name=name, full=full)
+        inputs = {"base": self.base} | ({"adapter": adapter} if adapter else {})
+        inputs |= {f"rows-{domain}": self._held_out(domain, evaluate.split) for domain in self.domains}
+        if evaluate.max_answers:
+            inputs |= {"tokenizer": self.tokenizer}
+            inputs |= {f"splits-{domain}": node for domain, node in self.splits.items()}
+        return self.plan.add("scores", name, config, inputs=inputs)
 
-def _add_merged(plan: Plan, config: RunConfig, adapters: dict[str, Node]) -> Node | None:
-    if config.train.method is Method.full:
-        plan.notes.append("train.method=full: full models are scored one by one, not merged.")
-        return None
-    weights = {f"{name}-{i}": d.shard_weight for name, d in config.domain.items() for i in range(d.num_shards)}
-    told_ = told.MergedConfig(merge=config.merge, shard_weights=weights)
-    return plan.add("merged", "all", told_, inputs=adapters)
+    def _splits(self, name: str) -> Node:
+        domain = self.domains[name]
+        try:
+            pieces = plan_parts(domain)
+        except QloraDistError as error:
+            raise type(error)(f"domain.{name}: {error}") from error
+        parts = {}
+        for part, files in enumerate(pieces):
+            config = told.RecordsConfig(domain=name, source=domain, files=files, part=part)
+            leaves = {"files": leaf_digest(files)}
+            parts[f"records-{part}"] = self.plan.add("records", f"{name}-{part}", config, leaves=leaves)
+        splits = told.SplitsConfig(domain=name, split=domain.split, max_reject_share=domain.max_reject_share)
+        return self.plan.add("splits", name, splits, inputs=parts)
 
+    def _held_out(self, name: str, split: str) -> Node:
+        render, row_tokens = self.domains[name].render, self.config.train.row_tokens
+        config = told.RowsConfig(split=split, row_tokens=row_tokens, render=render)
+        inputs = {"tokenizer": self.tokenizer, "splits": self.splits[name]}
+        return self.plan.add("rows", f"{name}-{split}", config, inputs=inputs)
 
-def _add_scores(plan: Plan, config: RunConfig, name: str, needs: dict[str, Node]) -> Node:
-    full = config.train.method is Method.full and "adapter" in needs
-    render = {domain: c.render for domain, c in config.domain.items()} if config.evaluate.max_answers else {}
-    told_ = told.ScoresConfig(model=config.model, evaluate=config.evaluate, render=render, name=name, full=full)
-    return plan.add("scores", name, told_, inputs=needs)
+    def _tokenizer(self) -> Node:
+        model = self.config.model
+        if model.path:
+            config = told.TokenizerConfig(path=model.path, revision=model.revision)
+            return self.plan.add("tokenizer", self._label(), config, leaves=self._base_leaves())
+        inputs = {f"splits-{name}": node for name, node in self.splits.items()}
+        return self.plan.add("tokenizer", self._label(), told.TokenizerConfig(tiny=model.tiny), inputs=inputs)
+
+    def _base(self) -> Node:
+        model = self.config.model
+        config = told.BaseConfig(model=model)
+        if model.path:
+            return self.plan.add("base", self._label(), config, leaves=self._base_leaves())
+        render = self.config.general.render
+        rows_config = told.RowsConfig(split="train", row_tokens=model.tiny.context_tokens, render=render)
+        inputs = {"tokenizer": self.tokenizer, "splits": self.splits[GENERAL]}
+        rows = self.plan.add("rows", f"{GENERAL}-train", rows_config, inputs=inputs)
+        needs = {"tokenizer": self.tokenizer, "rows": rows}
+        tiny = self.plan.add("tiny", self._label(), told.TinyStageConfig(tiny=model.tiny), inputs=needs)
+        return self.plan.add("base", self._label(), config, inputs={"tiny": tiny})
+
+    def _label(self) -> str:
+        """Returns the base's name in labels: the last part of its path, or `tiny`."""
+        path = self.config.model.path
+        return Path(path).name.lower().replace(" ", "-") if path else "tiny"
+
+    def _base_leaves(self) -> dict[str, str]:
+        """Names a base by the bytes of its folder, or by its hub id and pinned revision."""
+        model = self.config.model
+        folder = Path(model.path).expanduser()
+        if folder.is_dir():
+            return {"base": folder_digest(folder, self.plan.store.root)}
+        return {"base": f"{model.path}@{model.revision}"}
+
+    def _shard_weights(self) -> dict[str, float]:
+        return {f"{name}-{i}": d.shard_weight for name, d in self.config.domain.items() for i in range(d.num_shards)}
 
 
 def unread_keys(config: RunConfig, keys: Iterable[str]) -> list[str]:
     """Says for each key that was set, but that nothing in this run reads, why that is so."""
-    unread = {}
+    unread: dict[str, str] = {}
     if config.model.path:
         unread["model.tiny."] = "model.path is set"
     else:
         unread["model.revision"] = "the embedded base has no revision"
     if config.train.method is Method.full:
         unread |= {"lora.": "train.method=full", "merge.": "train.method=full"}
+    if not config.merge.compare:
+        unread |= {"merge.scales": "merge.compare is empty", "merge.max_forgetting": "merge.compare is empty"}
     return [
         f"{key} was set, but nothing reads it: {why}."
         for key in keys
         for start, why in unread.items()
         if key.startswith(start)
     ]
-
-
-def model_label(config: RunConfig) -> str:
-    """Returns the base's name in labels: the last part of its path, or `tiny`."""
-    return Path(config.model.path).name.lower().replace(" ", "-") if config.model.path else "tiny"
-
-
-def _base_leaves(plan: Plan, config: RunConfig) -> dict[str, str]:
-    """Names a base by the bytes of its folder, or by its hub id and pinned revision."""
-    folder = Path(config.model.path).expanduser()
-    if folder.is_dir():
-        return {"base": folder_digest(folder, plan.store.root)}
-    return {"base": f"{config.model.path}@{config.model.revision}"}

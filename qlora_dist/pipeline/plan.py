@@ -60,6 +60,11 @@ class Plan:
     config: dict[str, Any]
     nodes: list[Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _index: dict[str, Node] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for node in self.nodes:
+            self._index |= {node.name: node, node.id: node}
 
     @property
     def store(self) -> Store:
@@ -81,10 +86,9 @@ class Plan:
         Raises:
             ArtifactError: if the plan has no such node.
         """
-        for node in self.nodes:
-            if name_or_id in (node.name, node.id):
-                return node
-        raise ArtifactError(f"{self.folder / PLAN} has no node {name_or_id}. It has: {', '.join(self.names())}.")
+        if name_or_id not in self._index:
+            raise ArtifactError(f"{self.folder / PLAN} has no node {name_or_id}. It has: {', '.join(self.names())}.")
+        return self._index[name_or_id]
 
     def names(self) -> list[str]:
         """Returns the name of each node."""
@@ -100,7 +104,7 @@ class Plan:
         leaves: Mapping[str, str] | None = None,
         world_size: int = 1,
     ) -> Node:
-        """Adds a node and returns it; its key follows from its recipe and its inputs' keys."""
+        """Adds a node, unless it is there already, and returns it; its key follows from its recipe and its inputs."""
         inputs = inputs or {}
         recipe = identity(config)
         keys = {name: node.key for name, node in inputs.items()}
@@ -115,13 +119,18 @@ class Plan:
             leaves=dict(leaves or {}),
             world_size=world_size,
         )
-        self.nodes.append(node)
-        return node
+        there = self._index.setdefault(node.name, node)
+        assert there.key == key, f"two nodes are called {node.name}"
+        if there is node:
+            self.nodes.append(node)
+            self._index[node.id] = node
+        return there
 
     def write(self) -> Path:
         """Freezes the plan to `plan.json` in the run's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / PLAN, dataclasses.asdict(self))
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        write_json(self.folder / PLAN, values | {"nodes": [dataclasses.asdict(node) for node in self.nodes]})
         return self.folder / PLAN
 
 

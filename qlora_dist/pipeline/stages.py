@@ -52,6 +52,7 @@ STAGES: dict[str, Stage] = {
             is_tracked=True,
         ),
         Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),
+        Stage("chosen", told.ChosenConfig, "qlora_dist.pipeline.referee:choose_merge", loads_model=True),
         Stage("scores", told.ScoresConfig, "qlora_dist.evaluate.scores:score_model", loads_model=True, is_tracked=True),
     )
 }

@@ -211,3 +211,28 @@ def test_sixteen_bit_lora_and_full_fine_tuning_are_the_same_recipe_with_one_key_
     assert code == 0, output
     models = {row["model"] for row in workplace.summary["scores"]}
     assert {"base", "files-0", "files-1"} <= models
+
+
+@pytest.mark.slow
+def test_the_referee_ships_the_candidate_that_gained_most_on_development_data(workplace):
+    code, output = workplace.launch("merge=referee", "merge.scales=[1.0,2.0]", "merge.max_forgetting=10")
+    assert code == 0, output
+    chosen = only(workplace.folder / "runs" / "artifacts", "chosen/all-*")
+    verdict = json.loads((chosen / "referee.json").read_text())
+    names = {standing["candidate"] for standing in verdict["standings"]}
+    assert names == {"files-0", "files-1", "concat x1", "concat x2"}
+    best = max(verdict["standings"], key=lambda standing: standing["gain"])
+    assert verdict["chosen"] == best["candidate"]
+    assert not (chosen / "candidates").exists()
+    shipped = workplace.run_folder / "adapter" / "adapter_model.safetensors"
+    assert digest(shipped) == digest(chosen / "adapter_model.safetensors")
+    assert {row["model"] for row in workplace.summary["scores"]} == {"base", "merged"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_an_adapter_and_the_run_ends_well(workplace):
+    code, output = workplace.launch("strategy=ddp", "strategy.world_size=2", "train.micro_batch_tokens=512")
+    assert code == 0, output
+    node = next(n for n in workplace.summary["nodes"] if n["stage"] == "adapter")
+    assert node["facts"]["world_size"] == 2
+    assert node["facts"]["certificate"]

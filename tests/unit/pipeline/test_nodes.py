@@ -100,6 +100,22 @@ def test_a_written_plan_reads_back_whole_and_rebuilds_each_stage_config(corpus: 
     assert told.model.quantization.name == "nf4"
 
 
+def test_with_a_referee_parts_are_judged_on_development_data_and_the_test_set_is_read_for_the_chosen_alone(
+    corpus: Path,
+):
+    plan = plan_of(corpus, "merge=referee")
+    chosen = plan.node("chosen/all")
+    rows = {name: plan.node(i).name for name, i in chosen.inputs.items() if name.startswith("rows-")}
+    assert rows == {"rows-files": "rows/files-validation", "rows-general": "rows/general-validation"}
+    assert [n for n in plan.names() if n.startswith("scores/")] == ["scores/base", "scores/merged"]
+    assert plan.node("scores/merged").inputs["adapter"] == chosen.id
+
+
+def test_scoring_the_development_split_needs_no_second_rows(corpus: Path):
+    names = plan_of(corpus, "evaluate.split=validation").names()
+    assert names.count("rows/files-validation") == 1
+
+
 def test_full_fine_tuning_plans_no_merge_and_says_so(corpus: Path):
     plan = plan_of(corpus, "train.method=full")
     assert not [n for n in plan.names() if n.startswith("merged")]

@@ -1,0 +1,102 @@
+"""Stage `chosen`: candidates are merged, scored on development data, and judged; the winner is what is shipped.
+
+It stands in the pipeline since it joins two rooms that don't know each other: `adapters` merges and judges,
+`evaluate` scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_dist.config.merge import MergeConfig
+from qlora_dist.config.stages import ChosenConfig, MergedConfig, ScoresConfig
+from qlora_dist.runtime import Facts, clear, log, write_json
+
+ADAPTER, ROWS = "adapter-", "rows-"
+REFEREE_FILE = "referee.json"
+DEVELOPMENT = "validation"
+
+
+def choose_merge(config: ChosenConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
+    """Leaves the winning adapter's PEFT folder in `out`, and all standings in `referee.json`.
+
+    Inputs are `base`, one `adapter-<label>` for each part and one `rows-<domain>` of development data for each
+    domain and for `general`. The parts themselves are candidates too.
+
+    Raises:
+        ModelError: if the parts can't be merged.
+        DataError: if a domain has no development data.
+    """
+    from qlora_dist.adapters.merge import MERGE_FILE
+    from qlora_dist.adapters.referee import BASE, judge
+
+    parts = {name.removeprefix(ADAPTER): path for name, path in inputs.items() if name.startswith(ADAPTER)}
+    folders: dict[str, Path | None] = {BASE: None, **parts, **_merge_all(config, parts, out / "candidates")}
+    rows: list[dict[str, Any]] = []
+    for number, (name, folder) in enumerate(folders.items(), 1):
+        log.info("candidate %d/%d: %s", number, len(folders), name)
+        rows += _development_rows(config, inputs, name, folder, out / "scores" / str(number))
+    verdict = judge(rows, forgetting_at_most=config.merge.max_forgetting)
+    _keep(out, folders[verdict["chosen"]])
+    write_json(out / REFEREE_FILE, verdict)
+    told = json.loads((out / MERGE_FILE).read_text(encoding="utf-8")) if (out / MERGE_FILE).exists() else {}
+    return {name: value for name, value in told.items() if name != "modules"} | verdict
+
+
+def candidate_merges(merge: MergeConfig) -> dict[str, MergeConfig]:
+    """Returns every merge that is compared, by name (`concat x1.5`)."""
+    from qlora_dist.adapters.referee import SCALES, candidates
+
+    return candidates(merge, merge.compare, merge.scales or SCALES)
+
+
+def _merge_all(config: ChosenConfig, parts: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    from qlora_dist.adapters.merge import merge_adapters
+
+    merged = {}
+    for number, (name, merge) in enumerate(candidate_merges(config.merge).items()):
+        merged[name] = folder / str(number)
+        merged[name].mkdir(parents=True)
+        merge_adapters(MergedConfig(merge=merge, shard_weights=config.shard_weights), parts, merged[name])
+    return merged
+
+
+def _development_rows(
+    config: ChosenConfig, inputs: Mapping[str, Path], name: str, adapter: Path | None, out: Path
+) -> Iterator[dict[str, Any]]:
+    from qlora_dist.evaluate.documents import DOCUMENTS_FILE
+    from qlora_dist.evaluate.scores import score_model
+
+    evaluate = dataclasses.replace(config.evaluate, split=DEVELOPMENT, max_answers=0, max_rows=config.max_rows)
+    told = ScoresConfig(model=config.model, evaluate=evaluate, name=name)
+    needs = {key: path for key, path in inputs.items() if key == "base" or key.startswith(ROWS)}
+    out.mkdir(parents=True)
+    score_model(told, needs | ({"adapter": adapter} if adapter else {}), out)
+    for line in (out / DOCUMENTS_FILE).read_text(encoding="utf-8").splitlines():
+        document = json.loads(line)
+        yield {
+            "candidate": name,
+            "domain": document["domain"],
+            "document": document["record"],
+            "cluster": document["cluster"],
+            "nll": document["nll_bits"] * math.log(2),
+            "bytes": document["bytes"],
+            "tokens": document["tokens"],
+        }
+
+
+def _keep(out: Path, chosen: Path | None) -> None:
+    """Leaves the chosen adapter's files alone in `out`."""
+    assert chosen is not None, "the base is no candidate"
+    kept = out / ".chosen"
+    shutil.copytree(chosen, kept, ignore=shutil.ignore_patterns("manifest.json", ".*", "metrics.jsonl"))
+    clear(out)
+    for path in kept.iterdir():
+        path.rename(out / path.name)
+    kept.rmdir()
