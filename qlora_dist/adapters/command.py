@@ -103,6 +103,9 @@ def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> Merge
         raise bad_value(
             "--method", arguments.method, "a merge method", nearest(arguments.method, MergeMethod.__members__)
         )
+    if MergeMethod[arguments.method] in (MergeMethod.regmean, MergeMethod.learned):
+        repair = "Set merge.method in a run, which has the base and the rows."
+        raise bad_value("--method", arguments.method, "a method that needs the adapters alone", repair)
     weights, given = _weights(arguments.weights, labels)
     merge = MergeConfig(
         method=MergeMethod[arguments.method],

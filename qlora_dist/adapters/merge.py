@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_dist.config.merge import MergeMethod
 from qlora_dist.config.stages import MergedConfig
 from qlora_dist.runtime import Facts, write_json
 
 if TYPE_CHECKING:
     from qlora_dist.model.peft_folder import PeftFolder
 
+BASE, ROWS = "base", "rows-"
+"""The inputs of a merge that are no adapters: the base, and the rows of each label."""
 MERGE_FILE = "merge.json"
 """Says, beside the merged adapter, which parts it is made of, with which weights and ranks."""
 
@@ -33,15 +36,25 @@ def merge_adapters(config: MergedConfig, inputs: Mapping[str, Path], out: Path) 
     from qlora_dist.adapters.rules import merge_rule
     from qlora_dist.adapters.streaming import merge_modules
 
-    with open_adapters(inputs) as adapters:
+    with open_adapters(adapter_inputs(inputs)) as adapters:
         weights = shares(adapters, config.merge.weights, config.shard_weights)
-        rule = merge_rule(config.merge, [weights[a.label] for a in adapters])
+        rule = merge_rule(config.merge, list(weights.values()))
+        if config.merge.method in (MergeMethod.regmean, MergeMethod.learned):
+            from qlora_dist.adapters.calibrated import calibrated_rule
+
+            rule, found = calibrated_rule(config, adapters, list(weights.values()), inputs)
+            weights = dict(zip(weights, found, strict=True))
         modules = merge_modules(adapters, rule, out, config.merge.workers)
         told = {"method": config.merge.method.name, "weights": config.merge.weights.name}
         facts = told | describe(adapters, weights, config.merge.scale, modules)
         write_json(out / MERGE_FILE, facts)
         write_joint_provenance(adapters, out)
     return {name: value for name, value in facts.items() if name != "modules"}
+
+
+def adapter_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Returns the adapters among the inputs of a merge: all but what it is calibrated on."""
+    return {label: path for label, path in inputs.items() if label != BASE and not label.startswith(ROWS)}
 
 
 def write_joint_provenance(adapters: Sequence[PeftFolder], out: Path) -> None:

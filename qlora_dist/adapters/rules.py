@@ -83,6 +83,7 @@ def _merge_factors(config: MergeConfig, core: Core, weights: Sequence[float]) ->
     if config.method is MergeMethod.linear_ab:
         whole = methods.linear_ab(core.parts, weights)
     else:
+        assert config.method is MergeMethod.knots_ties, config.method
         whole = methods.knots_ties(core, weights, config.density)
     whole = Factors(whole.A_RI, whole.B_OR * config.scale)
     cut, sigma_S = compress(whole, config.rank, config.energy)

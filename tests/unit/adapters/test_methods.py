@@ -14,7 +14,7 @@ from qlora_dist.config.merge import MergeConfig, MergeMethod
 from qlora_dist.errors import ModelError
 from qlora_dist.model.peft_folder import Factors
 
-ALL = list(MergeMethod)
+ALL = [m for m in MergeMethod if m not in (MergeMethod.regmean, MergeMethod.learned)]
 
 
 def random_parts(

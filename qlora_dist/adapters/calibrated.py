@@ -1,0 +1,151 @@
+"""Merges that look at data: RegMean needs the layers' inputs, learned weights the loss, both on rows of the parts.
+
+Inputs, besides the adapters by label: `base`, and for each label `rows-<label>`, packed rows that aren't held out
+for the final scores.
+
+Letters: B rows, T slots of a row, P adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+
+from qlora_dist.adapters.algebra import Core, compress
+from qlora_dist.adapters.merge import BASE, ROWS
+from qlora_dist.adapters.methods import learned, regmean
+from qlora_dist.adapters.mixture import collect_grams, mixture, read_parts
+from qlora_dist.adapters.rules import ModuleFacts, Rule, merge_rule
+from qlora_dist.config.merge import MergeConfig, MergeMethod
+from qlora_dist.config.stages import MergedConfig
+from qlora_dist.data.rows import Rows, row_order
+from qlora_dist.errors import ModelError
+from qlora_dist.model.base import load_model, open_base
+from qlora_dist.model.peft_folder import Factors, PeftFolder
+from qlora_dist.runtime import device as default_device
+
+_GRAM_BYTES = 2**31  # of all Gram matrices that are held at a time; more modules take another pass over the rows
+_ROWS_AT_ONCE = 4
+
+
+def calibrated_rule(
+    config: MergedConfig, adapters: Sequence[PeftFolder], weights: Sequence[float], inputs: Mapping[str, Path]
+) -> tuple[Rule, list[float]]:
+    """Returns the rule of a merge that looks at data, and the weights that it uses.
+
+    Raises:
+        ModelError: if the base, its config or an adapter's rows aren't among what the merge was given.
+    """
+    missing = [name for name in (BASE, *(ROWS + a.label for a in adapters)) if name not in inputs]
+    if missing or config.model is None:
+        wanted = "the base and each adapter's rows, as a run gives them"
+        raise ModelError(f"method {config.merge.method.name} needs {wanted}; {(missing or ['model'])[0]} isn't there.")
+    rows = [Rows.open(inputs[ROWS + a.label]) for a in adapters]
+    model = load_model(open_base(inputs[BASE]), config.model).eval().requires_grad_(False)
+    if config.merge.method is MergeMethod.regmean:
+        return _regmean_rule(config.merge, model, adapters, list(weights), rows), list(weights)
+    found = learn_weights(config.merge, model, adapters, rows)
+    exact = MergeMethod.svd if config.merge.rank or config.merge.energy else MergeMethod.concat
+    return merge_rule(replace(config.merge, method=exact), found), found
+
+
+def learn_weights(
+    merge: MergeConfig, model: torch.nn.Module, adapters: Sequence[PeftFolder], rows: Sequence[Rows]
+) -> list[float]:
+    """Returns the weights with the lowest mean loss over all parts' rows, found by Adam from their mean."""
+    parts = read_parts(adapters)
+    batches = [batch for part in rows for batch in batches_of(part, merge.calibration_rows, merge.seed)]
+
+    def loss(weights_P: torch.Tensor) -> torch.Tensor:
+        value, gradient_P = 0.0, torch.zeros_like(weights_P)
+        for batch in batches:  # one graph at a time: memory is that of one batch
+            with mixture(model, parts, weights_P):
+                one = completion_loss(model, batch) / len(batches)
+            gradient_P += torch.autograd.grad(one, weights_P)[0]
+            value += float(one.detach())
+        return value + ((weights_P - weights_P.detach()) * gradient_P).sum()
+
+    start = 1 / len(adapters)
+    return learned(len(adapters), loss, steps=merge.steps, learning_rate=merge.learning_rate, start=start)
+
+
+def completion_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the mean negative log-likelihood of a batch's targets, in nats."""
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    is_target_BT = batch["trained"][:, 1:]
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1][is_target_BT].float(), batch["input_ids"][:, 1:][is_target_BT]
+    )
+
+
+def batches_of(rows: Rows, num_rows: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Returns some rows, drawn by seed, as batches: `input_ids`, `position_ids`, `trained` and `kept` [B, T].
+
+    There is no attention mask on purpose: transformers keeps packed segments apart by positions that start again.
+    """
+    drawn = row_order(len(rows), seed, 0)[:num_rows]
+    device = default_device()
+    batches = []
+    for first in range(0, len(drawn), _ROWS_AT_ONCE):
+        batch = rows.batch(drawn[first : first + _ROWS_AT_ONCE])
+        arrays = {
+            "input_ids": batch.tokens_BT.astype(np.int64),
+            "position_ids": batch.position_BT,
+            "trained": np.ascontiguousarray(batch.trained_BT),
+            "kept": batch.segment_BT > 0,
+        }
+        if arrays["trained"].any():
+            batches.append({name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+    return batches
+
+
+def _regmean_rule(
+    merge: MergeConfig,
+    model: torch.nn.Module,
+    adapters: Sequence[PeftFolder],
+    weights: Sequence[float],
+    rows: Sequence[Rows],
+) -> Rule:
+    parts = read_parts(adapters)
+    batches = [batches_of(part, merge.calibration_rows, merge.seed) for part in rows]
+    group_of = {module: group for group in _groups(adapters[0], len(adapters)) for module in group}
+    held: dict[str, list[torch.Tensor]] = {}
+    lock = Lock()
+
+    def grams(module: str) -> list[torch.Tensor]:
+        with lock:  # one pass at a time, for a whole group of modules
+            if module not in held:
+                held.clear()
+                fields = [[{k: v for k, v in b.items() if k != "trained"} for b in some] for some in batches]
+                found = [collect_grams(model, parts, i, some, group_of[module]) for i, some in enumerate(fields)]
+                held.update({name: [one[name] for one in found] for name in group_of[module]})
+            return held[module]
+
+    def rule(module: str, factors: Sequence[Factors]) -> tuple[Factors, ModuleFacts]:
+        whole = regmean(factors, weights, grams(module), merge.gram_keep)
+        whole = Factors(whole.A_RI, whole.B_OR * merge.scale)
+        cut, sigma_S = compress(whole, merge.rank, merge.energy)
+        written = cut if merge.rank or merge.energy else whole
+        products_PP = Core(factors).inner_products()
+        return written, ModuleFacts(written.rank, [f.rank for f in factors], products_PP, sigma_S)
+
+    return rule
+
+
+def _groups(adapter: PeftFolder, num_adapters: int) -> Iterator[list[str]]:
+    """Yields the modules in order, as many at a time as their Gram matrices may take."""
+    group: list[str] = []
+    size = 0
+    for module in adapter.modules:
+        needed = 4 * num_adapters * adapter.shape(module)[1] ** 2
+        if group and size + needed > _GRAM_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(module)
+        size += needed
+    yield group
