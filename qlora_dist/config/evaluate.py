@@ -36,6 +36,8 @@ class EvaluateConfig:
     max_rows: int = setting(0, at_least=0)
     max_answers: int = setting(32, at_least=0)
     max_new_tokens: int = setting(64, at_least=1)
+    lm_eval_tasks: list[str] = setting(list)
+    lm_eval_folder: str = execution("")
     batch_tokens: int = execution(4096, at_least=8)
     gate: Gate = execution(Gate.report)
     min_gain: float = execution(0.0, at_least=0)

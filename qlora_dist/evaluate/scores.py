@@ -26,7 +26,7 @@ def score_model(config: ScoresConfig, inputs: Mapping[str, Path], out: Path) -> 
     """Writes `scores.json` (a row for each domain and measure), and beside it the sums of each document and answer.
 
     Inputs are `base`; one `rows-<domain>` for each held-out set; `adapter`: none for the base itself, a PEFT folder,
-    or a whole fine-tuned model when `config.full`; and, when answers are wanted, `tokenizer` and one
+    or a whole fine-tuned model when `config.full`; and, when answers or tasks are wanted, `tokenizer` and one
     `splits-<domain>` for each domain. Files of an earlier life are written over.
 
     Raises:
@@ -37,9 +37,10 @@ def score_model(config: ScoresConfig, inputs: Mapping[str, Path], out: Path) -> 
     with open_scored_model(config, inputs) as model:
         documents, table = _measure_sets(model, config, inputs)
         answers = answer_questions(model, config, inputs)
+        harness = _run_harness(model, config, inputs)
     write_documents(documents, out)
     write_answers(answers, out)
-    table += answer_rows(config.name, answers)
+    table += answer_rows(config.name, answers) + harness
     write_json(out / SCORES_FILE, {"rows": table})
     log_metrics(0, {f"{row['domain']}/{row['metric']}": row["value"] for row in table})
     return {
@@ -65,6 +66,16 @@ def _measure_sets(
         calibrated.append({**row, "value": calibration.error(), "low": None, "high": None,
                            "num_documents": len(found)})  # fmt: skip
     return documents, score_rows(config.name, documents) + calibrated
+
+
+def _run_harness(model: Any, config: ScoresConfig, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    told = config.evaluate
+    if not told.lm_eval_tasks:
+        return []
+    from qlora_dist.evaluate.harness import run_tasks
+
+    rows = run_tasks(model, inputs["tokenizer"], told.lm_eval_tasks, told.lm_eval_folder)
+    return [{"model": config.name, **row} for row in rows]
 
 
 def measure(
