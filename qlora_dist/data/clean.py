@@ -13,6 +13,7 @@ from qlora_dist.data.pii import scrub
 from qlora_dist.data.record import Record
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ufffe\uffff]")
+ASCII_CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])
 SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_END = re.compile("\r\n?|\u2028|\u2029")
 TRAILING = re.compile("[ \t]+(?=\n)")
@@ -44,10 +45,13 @@ def clean(record: Record, config: CleanConfig, found: Counter[str] | None = None
 
 def normalize(text: str) -> str:
     r"""Returns text in Unicode's form NFC with `\n` line ends, no control characters and no trailing blanks."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    text = CONTROL.sub("", LINE_END.sub("\n", text))
-    return BLANK_LINES.sub("\n\n\n", TRAILING.sub("", text)).strip("\n")
+    if text.isascii():
+        text = LINE_END.sub("\n", text).translate(ASCII_CONTROL) if "\r" in text else text.translate(ASCII_CONTROL)
+    else:
+        text = CONTROL.sub("", LINE_END.sub("\n", unicodedata.normalize("NFC", text)))
+    if " \n" in text or "\t\n" in text:
+        text = TRAILING.sub("", text)
+    return (BLANK_LINES.sub("\n\n\n", text) if "\n\n\n\n" in text else text).strip("\n")
 
 
 def passages(text: str, num_chars: int) -> Iterator[str]:

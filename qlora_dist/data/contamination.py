@@ -1,103 +1,104 @@
-"""Training records that hold a held-out prompt or answer are found by the word sequences they share.
+"""Training records that hold a held-out prompt or answer are found by the runs of words that they share.
 
-G word sequences (grams), U held-out texts.
+G runs of a batch, U held-out texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_dist.data.words import gram_hashes, word_hashes
+from qlora_dist.data.words import WordHashes
 
-GRAM_WORDS = 13
+RUN_WORDS = 13
 """As in the GPT-3 paper (Brown et al. 2020, appendix C)."""
 
-MAX_GRAMS = 2**22
-FILTER_BITS = 2**28
+MAX_RUNS = 2**22
+MAX_OWNERS = 32
+"""A run in more held-out texts than this is boilerplate, and tells nothing."""
+
+FLOOR = 0.25
+"""Less than this share of a held-out text is no match."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How much a text shares with the held-out text that it shares most with: of that one's grams, and of both's."""
+    """The held-out text that another text holds most of: the share of its runs there, and the two's Jaccard index."""
 
     held_out: str
     contained: float
     jaccard: float
 
 
-class HeldOutGrams:
-    """The grams of all held-out prompts and answers, at most `MAX_GRAMS` in memory.
+class HeldOutRuns:
+    """The runs of words of all held-out prompts and answers, at most `MAX_RUNS` in memory.
 
-    Of more, every k-th by hash is kept, on both sides: the shares stay unbiased (FracMinHash, Irber et al. 2022).
+    Of more, those with the smallest hashes are kept, on both sides: the shares stay unbiased (FracMinHash, Irber et
+    al. 2022).
     """
 
-    def __init__(self, gram_words: int = GRAM_WORDS, max_grams: int = MAX_GRAMS) -> None:
-        self.gram_words, self._max = gram_words, max_grams
-        self._grams: list[np.ndarray] = []
+    def __init__(self, run_words: int = RUN_WORDS, max_runs: int = MAX_RUNS) -> None:
+        self.run_words, self._max = run_words, max_runs
+        self._runs: list[np.ndarray] = []
         self._owners: list[str] = []
-        self._num, self._keep_below = 0, np.uint64(2**64 - 1)
+        self._num, self._highest = 0, np.uint64(2**64 - 1)
 
-    def add(self, record_id: str, texts: Iterable[str]) -> None:
-        """Adds the texts of a held-out record; those shorter than a gram are left to exact matching."""
-        for part in texts:
-            words = word_hashes(part)
-            if len(words) >= self.gram_words:
-                kept = self._sampled(gram_hashes(words, self.gram_words))
-                self._grams.append(kept)
-                self._owners.append(record_id)
+    def add(self, owner: str, texts: Sequence[str]) -> None:
+        """Adds texts of a held-out record; those shorter than a run are left to exact matching."""
+        runs, text = WordHashes(texts).runs(self.run_words)
+        for number in range(len(texts)):
+            kept = np.unique(runs[(text == number) & (runs <= self._highest)])
+            if len(kept):
+                self._runs.append(kept)
+                self._owners.append(owner)
                 self._num += len(kept)
         while self._num > self._max:
-            self._keep_below //= np.uint64(2)
-            self._grams = [grams[grams <= self._keep_below] for grams in self._grams]
-            self._num = sum(map(len, self._grams))
+            self._highest //= np.uint64(2)
+            self._runs = [kept[kept <= self._highest] for kept in self._runs]
+            self._num = sum(map(len, self._runs))
 
     def finish(self) -> None:
         """Sorts what was added; then `matches` may be asked."""
-        self._sizes = np.array([len(grams) for grams in self._grams], dtype=np.int64)
-        grams = np.concatenate([np.zeros(0, dtype=np.uint64), *self._grams])
-        units = np.repeat(np.arange(len(self._sizes)), self._sizes)
-        order = np.argsort(grams, kind="stable")
-        self._sorted, self._units = grams[order], units[order]
-        self._grams = []
-        self._filter = np.zeros(FILTER_BITS // 8 if len(grams) > 2**16 else 2**20, dtype=np.uint8)
-        byte, bit = self._address(self._sorted)
-        np.bitwise_or.at(self._filter, byte, bit)
+        self._size_U = np.array([len(kept) for kept in self._runs], dtype=np.int64)
+        runs = np.concatenate([np.zeros(0, dtype=np.uint64), *self._runs])
+        order = np.argsort(runs, kind="stable")
+        runs, units = runs[order], np.repeat(np.arange(len(self._size_U)), self._size_U)[order]
+        _, inverse, counts = np.unique(runs, return_inverse=True, return_counts=True)
+        is_telling = counts[inverse] <= MAX_OWNERS
+        self._runs, self._sorted, self._units = [], runs[is_telling], units[is_telling]
+        self._filter = np.zeros(max(2**10, 1 << (8 * len(runs)).bit_length()), dtype=bool)
+        self._filter[self._address(self._sorted)] = True
 
-    def matches(self, records: Sequence[Iterable[str]]) -> list[Match | None]:
-        """Returns for each record's texts the held-out text that they hold most of; None where no gram is shared."""
-        pieces = [self._grams_of(texts) for texts in records]
-        owner = np.repeat(np.arange(len(pieces)), [len(grams) for grams in pieces])
-        grams = np.concatenate([np.zeros(0, dtype=np.uint64), *pieces])
-        byte, bit = self._address(grams)
-        maybe = (self._filter[byte] & bit) != 0
-        owner, grams = owner[maybe], grams[maybe]
-        low, high = np.searchsorted(self._sorted, grams), np.searchsorted(self._sorted, grams, side="right")
-        owner, low, high = owner[high > low], low[high > low], high[high > low]
-        found: list[Match | None] = [None] * len(pieces)
-        for i in np.unique(owner):
-            at = owner == i
-            units = np.concatenate([self._units[a:b] for a, b in zip(low[at], high[at], strict=True)])
-            found[int(i)] = self._best(units, len(pieces[int(i)]))
+    def matches(self, records: Sequence[Sequence[str]]) -> list[Match | None]:
+        """Returns for each record's texts the held-out text that they hold most of; None below `FLOOR`."""
+        owner_N = np.repeat(np.arange(len(records)), [len(texts) for texts in records])
+        run_G, text_G = WordHashes([text for texts in records for text in texts]).runs(self.run_words)
+        owner_G = owner_N[text_G]
+        maybe = np.flatnonzero((run_G <= self._highest) & self._filter[self._address(run_G)])
+        record, unit, shared = self._shared(owner_G[maybe], run_G[maybe])
+        contained = shared / self._size_U[unit] if len(unit) else np.zeros(0)
+        found: list[Match | None] = [None] * len(records)
+        for i in np.lexsort((-unit, contained)):
+            if contained[i] >= FLOOR:
+                size = len(np.unique(run_G[(owner_G == record[i]) & (run_G <= self._highest)]))
+                jaccard = float(shared[i] / (self._size_U[unit[i]] + size - shared[i]))
+                found[int(record[i])] = Match(self._owners[int(unit[i])], float(contained[i]), jaccard)
         return found
 
-    def _best(self, units: np.ndarray, size: int) -> Match:
-        unit, shared = np.unique(units, return_counts=True)
-        contained = shared / self._sizes[unit]
-        best = int(np.argmax(contained))
-        jaccard = float((shared / (self._sizes[unit] + size - shared)).max())
-        return Match(self._owners[int(unit[best])], float(contained[best]), jaccard)
+    def _shared(self, owner_G: np.ndarray, run_G: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns triples (record, held-out text, number of distinct runs in both)."""
+        low, high = np.searchsorted(self._sorted, run_G), np.searchsorted(self._sorted, run_G, side="right")
+        order = np.lexsort((run_G, owner_G))
+        is_new = np.ones(len(order), dtype=bool)
+        is_new[1:] = (np.diff(owner_G[order]) != 0) | (run_G[order][1:] != run_G[order][:-1])
+        owner, low, num = owner_G[order][is_new], low[order][is_new], (high - low)[order][is_new]
+        at = np.repeat(low - (np.cumsum(num) - num), num) + np.arange(num.sum())
+        key = np.repeat(owner, num) * max(1, len(self._size_U)) + self._units[at]
+        pairs, shared = np.unique(key, return_counts=True)
+        return pairs // max(1, len(self._size_U)), pairs % max(1, len(self._size_U)), shared
 
-    def _grams_of(self, texts: Iterable[str]) -> np.ndarray:
-        found = [word_hashes(part) for part in texts]
-        grams = [gram_hashes(words, self.gram_words) for words in found if len(words) >= self.gram_words]
-        return self._sampled(np.concatenate([np.zeros(0, dtype=np.uint64), *grams]))
-
-    def _sampled(self, grams: np.ndarray) -> np.ndarray:
-        return np.unique(grams[grams <= self._keep_below])
-
-    def _address(self, grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        place = grams % np.uint64(8 * len(self._filter))
-        return (place >> np.uint64(3)).astype(np.int64), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
+    def _address(self, runs: np.ndarray) -> np.ndarray:
+        """Returns a run's place in the filter, which tells most runs that are not held out without a search."""
+        return (runs & np.uint64(len(self._filter) - 1)).astype(np.int64)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_dist.data.contamination import HeldOutGrams
+from qlora_dist.data.contamination import HeldOutRuns
 from qlora_dist.data.record import Record, in_batches, read_records
 from qlora_dist.errors import DataError
 from qlora_dist.runtime import Facts
@@ -14,7 +14,7 @@ from qlora_dist.runtime import Facts
 MARGIN = 0.1
 """Three standard errors of a similarity that was estimated by 128 hashes."""
 
-GRAM_WORDS = 5
+RUN_WORDS = 5
 
 
 def check_splits(folder: Path, near_threshold: float) -> Facts:
@@ -27,18 +27,25 @@ def check_splits(folder: Path, near_threshold: float) -> Facts:
         DataError: naming the two records.
     """
     seen: dict[str, tuple[str, str]] = {}
-    held_out = {name: HeldOutGrams(GRAM_WORDS) for name in ("validation", "test")}
-    for name, grams in held_out.items():
+    test, held_out = HeldOutRuns(RUN_WORDS), HeldOutRuns(RUN_WORDS)
+    for name in ("test", "validation"):
         for record in read_records(folder / f"{name}.jsonl"):
             _check_marks(seen, record, name)
             seen |= dict.fromkeys(_marks(record), (name, record.id))
-            grams.add(record.id, [record.whole()])
-        grams.finish()
-    highest = _highest_similarity(folder / "validation.jsonl", "validation", {"test": held_out["test"]}, near_threshold)
-    for batch in in_batches(read_records(folder / "train.jsonl")):
-        for record in batch:
-            _check_marks(seen, record, "train")
-    highest = max(highest, _highest_similarity(folder / "train.jsonl", "train", held_out, near_threshold))
+            for runs in (test, held_out) if name == "test" else (held_out,):
+                runs.add(f"{name} {record.id}", [record.whole()])
+    test.finish()
+    held_out.finish()
+    highest = 0.0
+    for name, runs in (("validation", test), ("train", held_out)):
+        for batch in in_batches(read_records(folder / f"{name}.jsonl")):
+            matches = runs.matches([[record.whole()] for record in batch])
+            for record, match in zip(batch, matches, strict=True):
+                _check_marks(seen, record, name)
+                if match and match.jaccard >= near_threshold + MARGIN:
+                    found = f"{match.held_out} and {name} {record.id} are {match.jaccard:.0%} alike"
+                    raise DataError(f"Split integrity: {found}; they belong in one split.")
+                highest = max(highest, match.jaccard if match else 0.0)
     return {"held_out_records": len({record for _, record in seen.values()}), "highest_similarity": round(highest, 3)}
 
 
@@ -66,18 +73,6 @@ def _check_marks(seen: dict[str, tuple[str, str]], record: Record, split: str) -
         if other != split:
             what = mark.split(" ")[0]
             raise DataError(f"Split integrity: {other} {other_id} and {split} {record.id} share their {what}.")
-
-
-def _highest_similarity(path: Path, split: str, held_out: dict[str, HeldOutGrams], near_threshold: float) -> float:
-    highest = 0.0
-    for batch in in_batches(read_records(path)):
-        for name, grams in held_out.items():
-            for record, match in zip(batch, grams.matches([[r.whole()] for r in batch]), strict=True):
-                if match and match.jaccard >= near_threshold + MARGIN:
-                    found = f"{name} {match.held_out} and {split} {record.id} are {match.jaccard:.0%} alike"
-                    raise DataError(f"Split integrity: {found}; they belong in one split.")
-                highest = max(highest, match.jaccard if match else 0.0)
-    return highest
 
 
 def _lines_digest(paths: list[Path]) -> tuple[int, int]:

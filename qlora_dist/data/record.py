@@ -54,7 +54,7 @@ class Record:
 
     def to_line(self) -> str:
         """Returns it as one line of JSON, empty fields left out."""
-        kept = {name: value for name, value in asdict(self).items() if value not in ("", [])}
+        kept = {name: value for name in self.__slots__ if (value := getattr(self, name)) not in ("", [])}
         return json.dumps(kept, ensure_ascii=False) + "\n"
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from qlora_dist.data.record import Record
-from qlora_dist.data.words import gram_hashes, mix, word_hashes
+from qlora_dist.data.words import WordHashes, mix
 
 NUM_HASHES = 128
-SHINGLE_WORDS = 5
+RUN_WORDS = 5
 SEED = 20_481
 INDEX = "index.bin"
 CHUNK = 2**15
@@ -21,16 +21,22 @@ ENTRY = np.dtype([("id", "<u8"), ("words", "<u8"), ("signature", "<u4", (NUM_HAS
 
 
 def index_entries(records: Sequence[Record]) -> np.ndarray:
-    """Returns the entries of these records (MinHash: Broder 1997; signatures by rensa)."""
+    """Returns the entries of these records (MinHash: Broder 1997; signatures by rensa).
+
+    A text shorter than a run is one run; one without words (nothing but punctuation) is known by its id.
+    """
     from rensa import RMinHash
 
     entries = np.zeros(len(records), dtype=ENTRY)
     entries["id"] = [int(record.id, 16) for record in records]
-    words = [word_hashes(record.whole()) for record in records]
-    entries["words"] = [_hash_of(w) for w in words]
-    grams = [gram_hashes(w, SHINGLE_WORDS) for w in words]
-    offsets = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), offsets, NUM_HASHES, SEED)
+    words = WordHashes([record.whole() for record in records])
+    entries["words"] = np.where(words.num_N > 0, words.wholes(), mix(entries["id"]))
+    runs, texts = words.runs(RUN_WORDS)
+    short = np.flatnonzero(words.num_N < RUN_WORDS)
+    runs, texts = np.concatenate([runs, entries["words"][short]]), np.concatenate([texts, short])
+    order = np.argsort(texts, kind="stable")
+    offsets = np.searchsorted(texts[order], np.arange(len(records) + 1)).astype(np.uint64)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(runs[order], offsets, NUM_HASHES, SEED)
     entries["signature"] = np.array(matrix.to_rows(), dtype=np.uint32)
     return entries
 
@@ -74,10 +80,3 @@ class Index:
         """Closes its files."""
         for file in self._files:
             file.close()
-
-
-def _hash_of(words: np.ndarray) -> np.uint64:
-    """Returns one hash of a sequence of words: a polynomial with scattered coefficients."""
-    places = mix(np.arange(1, len(words) + 1, dtype=np.uint64)) | np.uint64(1)
-    total = (words * places).sum(dtype=np.uint64)
-    return np.uint64(mix(np.array([total ^ np.uint64(len(words))], dtype=np.uint64))[0])

@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_dist.config.data import Deduplicate, SplitConfig
 from qlora_dist.config.stages import SplitsConfig
-from qlora_dist.data.contamination import HeldOutGrams, Match
+from qlora_dist.data.contamination import HeldOutRuns, Match
 from qlora_dist.data.formats import UNREADABLE
 from qlora_dist.data.integrity import check_splits
 from qlora_dist.data.near import clusters, exact_copies, near_copies
@@ -130,19 +130,19 @@ def _fill_held_out(config: SplitsConfig, decisions: Decisions) -> Decisions:
     return Decisions(split, decisions.copy_of, decisions.cluster)
 
 
-def _held_out_grams(parts: Sequence[Path], decisions: Decisions) -> HeldOutGrams:
-    grams = HeldOutGrams()
+def _held_out_runs(parts: Sequence[Path], decisions: Decisions) -> HeldOutRuns:
+    runs = HeldOutRuns()
     is_held_out = (decisions.copy_of < 0) & (decisions.split > 0)
     for i, line in enumerate(_lines(parts)):
         if is_held_out[i]:
             record = parse_record(line)
-            grams.add(record.id, record.parts())
-    grams.finish()
-    return grams
+            runs.add(record.id, record.parts())
+    runs.finish()
+    return runs
 
 
 def _write(config: SplitConfig, parts: Sequence[Path], index: Index, decisions: Decisions, out: Path) -> Facts:
-    grams = _held_out_grams(parts, decisions)
+    runs = _held_out_runs(parts, decisions)
     counts = {name: Counter[str]() for name in SPLITS}
     left_out: Counter[str] = Counter()
     contaminated, number = 0, 0
@@ -150,7 +150,7 @@ def _write(config: SplitConfig, parts: Sequence[Path], index: Index, decisions: 
         files = {name: stack.enter_context((out / f"{name}.jsonl").open("w", encoding="utf-8")) for name in SPLITS}
         rejects = stack.enter_context((out / REJECTS).open("w", encoding="utf-8"))
         for batch in in_batches(map(parse_record, _lines(parts))):
-            for record, match in zip(batch, grams.matches([r.parts() for r in batch]), strict=True):
+            for record, match in zip(batch, runs.matches([r.parts() for r in batch]), strict=True):
                 name = SPLITS[decisions.split[number]]
                 reason = _copy(index, decisions, number)
                 if not reason and name == "train" and match and match.contained >= config.contamination_share:

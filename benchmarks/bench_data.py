@@ -1,0 +1,224 @@
+"""Corpus to packed rows: speed and peak memory of each stage, at one size and at ten times that.
+
+`python benchmarks/bench_data.py` writes benchmarks/results/data.md (100 MB and 1 GB of text of its own making, some
+ten minutes); `--small` does 4 and 20 MB and writes nothing. As under the launcher, each node is a process of its own,
+two at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "data.md"
+CORES = 2
+ROW_TOKENS = 2048
+NUM_SHARDS = 2
+VOCABULARY = 30_000
+
+
+def texts(num_bytes: int) -> Iterator[str]:
+    """Yields records of Zipf-distributed words, about 2 KB each; one in twenty is a near-copy, one in fifty a copy."""
+    rng = np.random.default_rng(11)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    vocabulary = ["".join(rng.choice(letters, rng.integers(2, 11))) for _ in range(VOCABULARY)]
+    made, last = 0, ""
+    while made < num_bytes:
+        num_words = int(rng.lognormal(5.5, 0.8)) + 5
+        words = [vocabulary[i] for i in (rng.zipf(1.2, num_words) - 1) % VOCABULARY]
+        kind = rng.random()
+        if kind < 0.05 and last:
+            words = last.split(" ")
+            words[len(words) // 2] = "changed"
+        text = last if 0.05 <= kind < 0.07 and last else " ".join(words)
+        last = text
+        made += len(text)
+        yield text
+
+
+def write_corpus(path: Path, num_bytes: int) -> int:
+    with path.open("w") as file:
+        return sum(bool(file.write(json.dumps({"text": text}) + "\n")) for text in texts(num_bytes))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Trains a byte-level BPE of 8192 tokens on two megabytes of the same kind of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder.mkdir()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts(2_000_000), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 8192}))
+
+
+def run_node(told: dict[str, Any]) -> None:
+    """Runs one stage in this process and prints its facts."""
+    from qlora_dist.config import stages
+    from qlora_dist.config.data import DomainConfig, SourceConfig
+    from qlora_dist.data.records import write_records
+    from qlora_dist.data.rows import write_rows
+    from qlora_dist.data.shards import write_shards
+    from qlora_dist.data.splits import write_splits
+
+    functions = {"records": write_records, "splits": write_splits, "shards": write_shards, "rows": write_rows}
+    if told["stage"] == "records":
+        told["config"]["source"] = DomainConfig(sources=[SourceConfig(path=told["config"].pop("path"))])
+    config = getattr(stages, f"{told['stage'].title()}Config")(**told["config"])
+    out = Path(told["out"])
+    out.mkdir(parents=True)
+    started = time.perf_counter()
+    facts = functions[told["stage"]](config, {name: Path(p) for name, p in told["inputs"].items()}, out)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    facts |= {"seconds": time.perf_counter() - started, "peak_mb": int(peak.split()[1]) / 1024}
+    print(json.dumps(facts))
+
+
+def run_nodes(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs nodes, `CORES` at a time, and returns their facts; the last holds the wall time of all."""
+    waiting, running, facts = list(nodes), [], []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    started = time.perf_counter()
+    while waiting or running:
+        while waiting and len(running) < CORES:
+            command = [sys.executable, __file__, "--node", json.dumps(waiting.pop(0))]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
+        for process in [p for p in running if p.poll() is not None]:
+            assert process.returncode == 0
+            facts.append(json.loads(process.stdout.read()))
+            running.remove(process)
+        time.sleep(0.05)
+    facts[-1]["wall_s"] = time.perf_counter() - started
+    return facts
+
+
+def measure(folder: Path, num_bytes: int, tokenizer: Path) -> dict[str, Any]:
+    """Takes a corpus of this size through all stages; returns one line of figures for each."""
+    from qlora_dist.config.data import DomainConfig, SourceConfig
+    from qlora_dist.data.sources import leaf_digest, plan_parts
+
+    corpus = folder / "corpus.jsonl"
+    num_records = write_corpus(corpus, num_bytes)
+    size_mb = corpus.stat().st_size / 1e6
+    started = time.perf_counter()
+    parts = plan_parts(DomainConfig(sources=[SourceConfig(path=str(corpus))], part_bytes=max(2**16, num_bytes // 4)))
+    for part in parts:
+        leaf_digest(part)
+    lines = {"plan": {"seconds": time.perf_counter() - started, "peak_mb": 0.0, "nodes": len(parts)}}
+    where = {name: str(folder / name) for name in ("splits", "shards")}
+    records = {f"records-{i}": str(folder / f"records-{i}") for i in range(len(parts))}
+    stages = {
+        "records": [
+            {"stage": "records", "config": {"domain": "x", "files": part, "part": i, "path": str(corpus)},
+             "inputs": {}, "out": records[f"records-{i}"]}
+            for i, part in enumerate(parts)
+        ],
+        "splits": [{"stage": "splits", "config": {"domain": "x"}, "inputs": records, "out": where["splits"]}],
+        "shards": [
+            {"stage": "shards", "config": {"domain": "x", "num_shards": NUM_SHARDS},
+             "inputs": {"splits": where["splits"], "tokenizer": str(tokenizer)}, "out": where["shards"]}
+        ],
+        "rows": [
+            {"stage": "rows", "config": {"shard": k, "row_tokens": ROW_TOKENS},
+             "inputs": {"shards": where["shards"], "tokenizer": str(tokenizer)}, "out": str(folder / f"rows-{k}")}
+            for k in range(NUM_SHARDS)
+        ],
+    }  # fmt: skip
+    facts = {}
+    for name, nodes in stages.items():
+        found = facts[name] = run_nodes(nodes)
+        lines[name] = {"seconds": found[-1]["wall_s"], "peak_mb": max(f["peak_mb"] for f in found), "nodes": len(nodes)}
+        print(f"{size_mb:,.0f} MB {name}: {lines[name]}", flush=True)
+    rows = facts["rows"]
+    return {
+        "size_mb": size_mb, "num_records": num_records, "lines": lines, "left_out": facts["splits"][0]["left_out"],
+        "integrity": facts["splits"][0]["integrity"], "max_over_mean": facts["shards"][0]["max_over_mean"],
+        "tokens": [r["tokens"] for r in rows], "fill": [r["fill"] for r in rows],
+    }  # fmt: skip
+
+
+def written(found: list[dict[str, Any]]) -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("numpy", "tokenizers", "rensa"))
+    lines = []
+    for run in found:
+        total = sum(line["seconds"] for line in run["lines"].values())
+        lines += [
+            f"| {run['size_mb']:,.0f} | {name} | {line['nodes']} | {line['seconds']:.1f} "
+            f"| {run['num_records'] / line['seconds']:,.0f} | {run['size_mb'] / line['seconds']:.1f} "
+            f"| {line['peak_mb']:,.0f} |"
+            for name, line in run["lines"].items()
+        ]
+        peak = max(line["peak_mb"] for line in run["lines"].values())
+        lines.append(
+            f"| **{run['size_mb']:,.0f}** | **all** | | **{total:.1f}** | {run['num_records'] / total:,.0f} "
+            f"| {run['size_mb'] / total:.1f} | **{peak:,.0f}** |"
+        )
+    notes = [
+        f"- {run['size_mb']:,.0f} MB: {run['num_records']:,} records; left out {run['left_out']}; highest similarity "
+        f"across splits {run['integrity']['highest_similarity']}; shards of {run['tokens']} tokens; fill {run['fill']}."
+        for run in found
+    ]
+    return f"""# Corpus to rows
+
+`python benchmarks/bench_data.py`, {platform.machine()}, {CORES} processes at a time on {os.cpu_count()} cores, Python \
+{platform.python_version()}, {versions}, commit {commit.stdout.strip()}.
+
+Text of the benchmark's own making: JSON lines of some 2 KB of Zipf-distributed words, 5 % near-copies, 2 % copies. \
+Default config (near-copies and contamination dropped, splits checked again), byte-level BPE of 8,192 tokens, rows of \
+{ROW_TOKENS}, {NUM_SHARDS} shards. Each node in a process of its own; peak memory is the largest of a stage's \
+processes (VmHWM); seconds are wall time, start of processes included.
+
+| MB | stage | nodes | s | records/s | MB/s | peak MB |
+|---|---|---|---|---|---|---|
+{chr(10).join(lines)}
+
+{chr(10).join(notes)}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--small", action="store_true", help="4 and 20 MB, nothing written")
+    parser.add_argument("--node", help=argparse.SUPPRESS)
+    told = parser.parse_args()
+    if told.node:
+        run_node(json.loads(told.node))
+        return
+    found = []
+    for num_bytes in (4_000_000, 20_000_000) if told.small else (100_000_000, 1_000_000_000):
+        folder = Path(tempfile.mkdtemp(prefix="bench_data_"))
+        try:
+            write_tokenizer(folder / "tokenizer")
+            found.append(measure(folder, num_bytes, folder / "tokenizer"))
+        finally:
+            shutil.rmtree(folder)
+    text = written(found)
+    print(text)
+    if not told.small:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
