@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from qlora_dist.export.weights import BaseRows, MergedWeights
 from qlora_dist.model.peft_folder import Factors
-from qlora_dist.model.tensorfile import Entry, TensorFile, lay_out
+from qlora_dist.model.tensorfile import Entry, TensorFile, lay_out, write_bytes
 from qlora_dist.model.threads import one_thread_each
 from qlora_dist.model.weights import INDEX_FILE, read_json
 from qlora_dist.runtime import Progress, write_json
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-_BLOCK_VALUES = 2**20  # of one block of rows: a few copies of it in float32 stay in a core's cache
+_BLOCK_VALUES = 2**17  # of one block of rows: a few copies of it in float32 stay in a core's cache
 _COPY_BYTES = 2**23
+_TENSORS_AT_ONCE = 2  # the next one's factors are read while the blocks of this one are worked on
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -92,28 +95,32 @@ class _ShardWriter:
             target.write(header)
             target.truncate(max((e.start + e.num_bytes for e in entries.values()), default=len(header)))
             target.flush()
-            for name, entry in entries.items():
-                self._write_tensor(file, name, entry, target.fileno())
-                self.progress.update(self.progress.done + 1)
+            written = (
+                (name, self._start_tensor(file, name, entry, target.fileno())) for name, entry in entries.items()
+            )
+            waiting = deque(islice(written, _TENSORS_AT_ONCE))
+            while waiting:
+                self._finish_tensor(*waiting.popleft())
+                waiting.extend(islice(written, 1))
         aside.replace(path)
 
     def _stored(self, found: torch.dtype) -> torch.dtype:
         return self.dtype if self.dtype is not None and found.is_floating_point else found
 
-    def _write_tensor(self, file: TensorFile, name: str, entry: Entry, target: int) -> None:
+    def _start_tensor(self, file: TensorFile, name: str, entry: Entry, target: int) -> list[Future[Gain]]:
         was = file.entries[name]
         if not self.weights.is_changed(name) and entry.dtype == was.dtype:
             starts = range(0, was.num_bytes, _COPY_BYTES)
-            copies = [self.pool.submit(_copy_block, file, was, done, target, entry.start) for done in starts]
-            for copy in copies:
-                copy.result()
-            return
+            return [self.pool.submit(_copy_block, file, was, done, target, entry.start) for done in starts]
         rows, update = self.weights.base_rows(name), self.weights.update(name)
         slot = _Slot(entry, target)
-        jobs = [self.pool.submit(_write_block, rows, update, slot, *block) for block in _row_blocks(entry.shape)]
+        return [self.pool.submit(_write_block, rows, update, slot, *block) for block in _row_blocks(entry.shape)]
+
+    def _finish_tensor(self, name: str, jobs: list[Future[Gain]]) -> None:
         gain = sum((job.result() for job in jobs), Gain())
         if (module := self.weights.module(name)) is not None:
             self.gains[module] = gain
+        self.progress.update(self.progress.done + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +134,12 @@ class _Slot:
         data = values.to(self.entry.dtype).contiguous()
         num_rows = self.entry.shape[0] if self.entry.shape else 1
         start = self.entry.start + first_row * (self.entry.num_bytes // max(num_rows, 1))
-        _write_all(self.target, data.reshape(-1).view(torch.uint8), start)
+        write_bytes(self.target, data.reshape(-1).view(torch.uint8), start)
 
 
-def _copy_block(file: TensorFile, entry: Entry, done: int, target: int, start: int) -> None:
-    block = file.read_bytes(entry.start + done, min(_COPY_BYTES, entry.num_bytes - done))
-    _write_all(target, block, start + done)
+def _copy_block(file: TensorFile, entry: Entry, done: int, target: int, start: int) -> Gain:
+    file.copy_bytes(entry.start + done, min(_COPY_BYTES, entry.num_bytes - done), target, start + done)
+    return Gain()
 
 
 def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -154,12 +161,6 @@ def _write_block(rows: BaseRows, update: Factors | None, slot: _Slot, first: int
     flat, base_flat = added.reshape(-1), base.reshape(-1)
     survived = torch.dot((stored.float() - base).reshape(-1), flat)
     return Gain(float(survived), float(torch.dot(flat, flat)), float(torch.dot(base_flat, base_flat)))
-
-
-def _write_all(target: int, values: torch.Tensor, start: int) -> None:
-    view, done = values.numpy().data, 0
-    while done < len(view):
-        done += os.pwrite(target, view[done:], start + done)
 
 
 def copy_other_files(base: Path, out: Path) -> None:
