@@ -9,13 +9,15 @@ from typing import Any
 from qlora_dist.config.evaluate import EvaluateConfig, Gate
 from qlora_dist.evaluate.answers import GENERAL
 from qlora_dist.evaluate.compare import compare_models
+from qlora_dist.evaluate.examples import collect_examples
 
 
 def assess(folders: Mapping[str, Path], shipped: str, domains: Sequence[str], config: EvaluateConfig) -> dict[str, Any]:
-    """Returns what the summary says of a run's scores: `comparisons` with the base, and the `verdict` (or None)."""
+    """Returns what the summary says of a run's scores: `comparisons` with the base, `verdict` (or None), `examples`."""
     comparisons = compare_models(folders)
     judged = config.gate is not Gate.off and shipped in folders and "base" in folders
-    return {"comparisons": comparisons, "verdict": judge(shipped, domains, comparisons, config) if judged else None}
+    verdict = judge(shipped, domains, comparisons, config) if judged else None
+    return {"comparisons": comparisons, "verdict": verdict, "examples": collect_examples(folders)}
 
 
 def judge(

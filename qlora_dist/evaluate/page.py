@@ -49,7 +49,9 @@ class Section:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as a person wants to read it: four digits, thousands apart, lists joined."""
+    """Returns a value as a person wants to read it: four digits, thousands apart, lists joined, marks kept."""
+    if hasattr(value, "parts"):
+        return value  # type: ignore[no-any-return]
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora_dist.evaluate import figures
+from qlora_dist.evaluate.examples import mark
 from qlora_dist.evaluate.page import Section, Table, is_scalar, union_table
-from qlora_dist.evaluate.summary import NodeView, Row, RunView, mappings, number
+from qlora_dist.evaluate.summary import NodeView, Row, RunView, mapping, mappings, number, text
 
 METRIC_NAMES = {
     "bits_per_byte": "bits per byte (lower is better)",
@@ -29,6 +30,7 @@ METRIC_NAMES = {
 }
 COMPARED = """Paired over the same documents; p-values are corrected for the number of models (Holm). \
 The minimal detectable difference is the one that 80 % of such samples would find."""
+TRAINED_STAGES = ("tiny", "adapter")
 DATA_STAGES = ("records", "splits", "shards", "tokenizer", "rows")
 
 
@@ -38,7 +40,9 @@ def report_sections(run: RunView) -> list[Section]:
         outcome(run),
         scores(run),
         matrix(run),
+        examples(run),
         curves(run),
+        cost(run),
         merge(run),
         certificate(run),
         data(run),
@@ -99,6 +103,32 @@ def scores(run: RunView) -> Section | None:
         section.figures.append((f"scores-{metric}", figures.score_bars(chosen, metric, name)))
         section.tables.append(Table(name, columns, [[r.get(c) for c in columns] for r in chosen]))
     return section if section.tables else None
+
+
+def examples(run: RunView) -> Section | None:
+    """Shows the first questions of each domain with every model's answer, compared with the reference."""
+    section = Section(
+        "Examples", "Underlined words are not in the reference; struck ones stand only there.", folded=True
+    )
+    for example in run.examples:
+        reference = text(example.get("reference"))
+        said = [[model, mark(text(answer), reference)] for model, answer in mapping(example.get("answers")).items()]
+        caption = f"{text(example.get('domain'))}: {text(example.get('prompt'))}"
+        section.tables.append(Table(caption, ["model", "answer"], [["reference", reference], *said]))
+    return section if section.tables else None
+
+
+def cost(run: RunView) -> Section | None:
+    """Shows what the run took: seconds, trained tokens and peak memory by stage."""
+    rows = []
+    for stage in dict.fromkeys(n.stage for n in run.nodes):
+        nodes = [n for n in run.nodes if n.stage == stage]
+        tokens = [t for n in nodes if (t := number(n.facts.get("tokens"))) is not None and stage in TRAINED_STAGES]
+        peaks = [p for n in nodes if (p := number(n.facts.get("peak_memory_bytes"))) is not None]
+        seconds = sum(n.seconds or 0 for n in nodes)
+        rows.append([stage, len(nodes), seconds, int(sum(tokens)) or None, max(peaks) / 2**30 if peaks else None])
+    columns = ["stage", "nodes", "seconds", "trained tokens", "peak memory, GiB"]
+    return Section("Cost", tables=[Table("", columns, rows)], folded=True) if rows else None
 
 
 def curves(run: RunView) -> Section | None:

@@ -42,6 +42,7 @@ class RunView:
     scores: tuple[Row, ...] = ()
     comparisons: tuple[Row, ...] = ()
     verdict: Row = field(default_factory=dict)
+    examples: tuple[Row, ...] = ()
     curves: dict[str, list[Row]] = field(default_factory=dict)
     circumstances: Row = field(default_factory=dict)
 
@@ -52,20 +53,21 @@ class RunView:
 
 def view(summary: Mapping[str, Any]) -> RunView:
     """Reads a summary, leaving out what hasn't the form that `pipeline.close` writes."""
-    curves = {str(label): list(_rows(rows, "step")) for label, rows in _mapping(summary.get("curves")).items()}
+    curves = {str(label): list(_rows(rows, "step")) for label, rows in mapping(summary.get("curves")).items()}
     about = ("commit", "time", "hardware", "package_versions")
     return RunView(
-        experiment=_text(summary.get("experiment")) or "run",
-        command=_text(summary.get("command")),
-        use=_text(summary.get("use")),
-        adapter=_text(summary.get("adapter")),
-        state=_text(summary.get("state")) or "unknown",
+        experiment=text(summary.get("experiment")) or "run",
+        command=text(summary.get("command")),
+        use=text(summary.get("use")),
+        adapter=text(summary.get("adapter")),
+        state=text(summary.get("state")) or "unknown",
         notes=tuple(str(n) for n in _list(summary.get("notes"))),
-        config=_mapping(summary.get("config")),
+        config=mapping(summary.get("config")),
         nodes=tuple(_node(n) for n in _list(summary.get("nodes")) if isinstance(n, Mapping)),
         scores=tuple(_rows(summary.get("scores"), "value", "model", "domain", "metric")),
         comparisons=tuple(_rows(summary.get("comparisons"), "difference", "model", "domain", "metric")),
-        verdict=_mapping(summary.get("verdict")),
+        verdict=mapping(summary.get("verdict")),
+        examples=tuple(mappings(summary.get("examples"))),
         curves={label: rows for label, rows in curves.items() if rows},
         circumstances={k: summary[k] for k in about if summary.get(k)},
     )
@@ -78,22 +80,23 @@ def number(value: Any) -> float | None:
 
 
 def _node(node: Mapping[str, Any]) -> NodeView:
-    texts = {k: _text(node.get(k)) for k in ("stage", "label", "key", "state", "error", "log")}
-    return NodeView(**texts, seconds=number(node.get("seconds")), facts=_mapping(node.get("facts")))
+    texts = {k: text(node.get(k)) for k in ("stage", "label", "key", "state", "error", "log")}
+    return NodeView(**texts, seconds=number(node.get("seconds")), facts=mapping(node.get("facts")))
 
 
 def _rows(value: Any, measured: str, *named: str) -> Iterator[Row]:
     for row in _list(value):
         if isinstance(row, Mapping) and number(row.get(measured)) is not None:
-            yield {**row, **{k: _text(row.get(k)) for k in named}}
+            yield {**row, **{k: text(row.get(k)) for k in named}}
 
 
 def mappings(value: Any) -> list[Row]:
     """Returns the mappings in a list, and [] for what is no list."""
-    return [_mapping(v) for v in _list(value) if isinstance(v, Mapping)]
+    return [mapping(v) for v in _list(value) if isinstance(v, Mapping)]
 
 
-def _mapping(value: Any) -> Row:
+def mapping(value: Any) -> Row:
+    """Returns a mapping with its keys as text, and {} for what is none."""
     return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else {}
 
 
@@ -101,7 +104,8 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else []
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Returns text as it is, a list joined, and "" for None."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
     return "" if value is None else str(value)

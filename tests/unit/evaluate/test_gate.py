@@ -84,4 +84,8 @@ def test_what_was_not_measured_does_not_ship(folders: dict[str, Path]) -> None:
 def test_no_gate_and_no_base_give_no_verdict(folders: dict[str, Path]) -> None:
     assert assess(folders, "merged", ["legal"], EvaluateConfig(gate=Gate.off))["verdict"] is None
     alone = {"merged": folders["merged"]}
-    assert assess(alone, "merged", ["legal"], EvaluateConfig()) == {"comparisons": [], "verdict": None}
+    assert assess(alone, "merged", ["legal"], EvaluateConfig()) == {
+        "comparisons": [],
+        "verdict": None,
+        "examples": [],
+    }

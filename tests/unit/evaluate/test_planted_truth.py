@@ -173,3 +173,9 @@ def test_wrong_forms_are_counted_by_kind_and_answers_kept(scored: dict[str, Path
     assert [a.prompt for a in answers] == PLACES
     assert {a.failure for a in answers} <= {"empty", "not JSON", "cut off", "text around JSON"}
     assert read_answers(scored["good"])[0].reference == '{"city": "Zan"}'
+
+
+def test_examples_show_each_question_with_every_models_answer(scored: dict[str, Path]) -> None:
+    examples = assess(scored, "good", ["facts"], EvaluateConfig())["examples"]
+    assert [e["prompt"] for e in examples] == PLACES[:5]
+    assert all(list(e["answers"]) == list(scored) for e in examples)

@@ -161,3 +161,12 @@ def test_score_table_has_a_row_a_model_and_says_the_interval(summary: dict[str, 
     text = console.export_text()
     assert [line.split()[1] for line in text.splitlines() if "±" in line] == ["base", "legal-0", "merged"]
     assert "2.400 ±0.100" in text
+
+
+def test_examples_mark_the_words_that_differ_from_the_reference(summary: dict[str, Any], tmp_path: Path) -> None:
+    write_report(summary, tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    same, absent, added = "the licensee pays", "the", "a"
+    wanted = f'<span class="same">{same}</span> <span class="absent">{absent}</span> <span class="added">{added}</span>'
+    assert wanted in html
+    assert "| merged | the licensee pays a fee |" in (tmp_path / "report.md").read_text(encoding="utf-8")
