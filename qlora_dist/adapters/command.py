@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import shlex
 import shutil
 import sys
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PROGRAM = "python -m qlora_dist.adapters.merge"
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE, SUMMARY_FILE = "adapter_config.json", "summary.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         description="Merge LoRA adapters into one, in the space of the updates B A. The result is a plain PEFT folder.",
         epilog="Weights: tokens (what each was trained on), uniform, inverse_loss, or numbers: 0.5,0.3,0.2.",
     )
-    p.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT folder, a folder of such, or a glob")
+    p.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT folder, a folder or glob of such, or a run")
     p.add_argument("--out", required=True, metavar="DIR", help="where the merged adapter goes; must not exist")
     p.add_argument("--method", default=default.method.name, help=f"{' | '.join(m.name for m in MergeMethod)}")
     p.add_argument("--weights", default=default.weights.name, help="tokens | uniform | inverse_loss | numbers")
@@ -68,29 +69,38 @@ def parser() -> argparse.ArgumentParser:
 
 
 def find_folders(arguments: Sequence[str]) -> dict[str, Path]:
-    """Returns the PEFT folders that the arguments name, by label: their own name, and their parent's if two share it.
+    """Returns the PEFT folders that the arguments name, by label: a run's own, else the folder's name.
 
     Raises:
         ModelError: if an argument names no PEFT folder, or one comes twice.
     """
-    found = [folder for argument in arguments for folder in _folders_of(argument)]
-    if twice := [str(folder) for folder, count in Counter(f.resolve() for f in found).items() if count > 1]:
+    found = [labelled for argument in arguments for labelled in _folders_of(argument)]
+    if twice := [str(path) for path, count in Counter(f.resolve() for _, f in found).items() if count > 1]:
         raise ModelError(f"{twice[0]} was given twice. Name each adapter once; --weights says how much it counts.")
-    names = Counter(folder.name for folder in found)
-    return {f.name if names[f.name] == 1 else f"{f.resolve().parent.name}/{f.name}": f for f in found}
+    labels = Counter(label for label, _ in found)
+    return {label if labels[label] == 1 else f"{f.resolve().parent.name}/{f.name}": f for label, f in found}
 
 
-def _folders_of(argument: str) -> list[Path]:
+def _folders_of(argument: str) -> list[tuple[str, Path]]:
     path = Path(argument).expanduser()
     if (path / ADAPTER_FILE).is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(p.parent for p in path.glob(f"*/{ADAPTER_FILE}"))
+        return [(path.name, path)]
+    if (path / SUMMARY_FILE).is_file():
+        found = _folders_of_run(path)
     else:
-        found = [p for p in map(Path, sorted(glob.glob(str(path)))) if (p / ADAPTER_FILE).is_file()]  # noqa: PTH207
+        pattern = path / "*" if path.is_dir() else path
+        matches = [Path(match) for match in sorted(glob.glob(str(pattern)))]  # noqa: PTH207 - may be absolute
+        found = [(match.name, match) for match in matches if (match / ADAPTER_FILE).is_file()]
     if not found:
-        raise ModelError(f"{argument}: no PEFT folder (one that holds {ADAPTER_FILE}), nor a folder or glob of such.")
+        wanted = f"a PEFT folder (one that holds {ADAPTER_FILE}), a folder or glob of such, or a run's folder"
+        raise ModelError(f"{argument}: holds no PEFT folder: expected {wanted}.")
     return found
+
+
+def _folders_of_run(run: Path) -> list[tuple[str, Path]]:
+    """Returns the trained adapters of a run, by the labels that the run gave them."""
+    nodes = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))["nodes"]
+    return [(n["label"], Path(n["folder"])) for n in nodes if n["stage"] == "adapter" and "folder" in n]
 
 
 def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> MergedConfig:

@@ -38,7 +38,8 @@ class MergeConfig:
     """The merge method, the weights of its parts (they sum to one) and the scale of the whole.
 
     `rank` and `energy` bound the lora_rank of the result (0: no bound); `density` is the share of entries that
-    `ties` and `knots_ties` keep, `drop` the share that `dare` drops, by `seed`.
+    `ties` and `knots_ties` keep, `drop` the share that `dare` drops, by `seed`. `regmean` and `learned` look at
+    `calibration_rows` rows of each part; `gram_keep` is RegMean's alpha, `steps` and `learning_rate` are of `learned`.
 
     With `compare`, these methods at these `scales`, and each part alone, are scored on development data; the one
     shipped wins the most among those that forget at most `max_forgetting` bits per byte of general text.
@@ -64,10 +65,11 @@ class MergeConfig:
     def check(self, key: str) -> None:
         """Refuses a bound on an exact sum, and a truncation without one."""
         bounded = self.rank > 0 or self.energy > 0
-        if self.method is MergeMethod.svd and not bounded:
+        methods = self.compare or [self.method]
+        if MergeMethod.svd in methods and not bounded:
             repair = f"Set {key}.rank=16 or {key}.energy=0.99."
             raise bad_value(f"{key}.rank", self.rank, "a bound for method svd, by rank or energy", repair)
-        if self.method is MergeMethod.concat and bounded:
+        if set(methods) == {MergeMethod.concat} and bounded:
             repair = f"Set {key}.method=svd for the best lower rank."
             raise bad_value(f"{key}.rank", self.rank, "0, with energy 0: concat is the exact sum", repair)
 

@@ -31,6 +31,16 @@ def test_folders_globs_and_folders_of_folders_name_the_same_adapters(three, tmp_
     assert "next: python -m qlora_dist.export" in printed
 
 
+def test_a_run_names_its_trained_adapters(three, tmp_path):
+    nodes = [{"stage": "adapter", "label": f"legal-{i}", "folder": f} for i, f in enumerate(three)]
+    nodes += [{"stage": "adapter", "label": "failed"}, {"stage": "merged", "label": "all", "folder": three[0]}]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"nodes": nodes}))
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    parts = json.loads((tmp_path / "out" / "merge.json").read_text())["parts"]
+    assert [p["label"] for p in parts] == ["legal-0", "legal-1", "legal-2"]
+
+
 def test_numbers_are_taken_as_the_weights(three, tmp_path):
     assert main([*three, "--weights", "0.5,0.75,-0.25", "--out", str(tmp_path / "out")]) == 0
     for module, found in dense(tmp_path / "out").items():
@@ -57,8 +67,9 @@ def test_inverse_loss_reads_each_adapters_metrics(three, tmp_path):
         (["--weights", "0.5,0.5"], "3 numbers"),
         (["--weights", "token"], "Did you mean tokens?"),
         (["--weights", "inverse_loss"], "validation_loss"),
+        (["--method", "regmean"], "Set merge.method in a run"),
         (["--density", "0"], "--density=0.0: expected a number above 0"),
-        (["a_folder_that_is_not"], "no PEFT folder"),
+        (["a_folder_that_is_not"], "holds no PEFT folder"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_repair(three, tmp_path, capsys, arguments, message):
