@@ -236,3 +236,16 @@ def test_two_processes_train_an_adapter_and_the_run_ends_well(workplace):
     node = next(n for n in workplace.summary["nodes"] if n["stage"] == "adapter")
     assert node["facts"]["world_size"] == 2
     assert node["facts"]["certificate"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
+def test_a_base_from_a_folder_goes_the_same_way(workplace, architecture):
+    from qlora_dist.testing import save_tiny_model
+
+    base = save_tiny_model(workplace.folder / f"tiny-{architecture}", architecture)
+    code, output = workplace.launch(f"model.path={base}", "domain.files.num_shards=1", "train.row_tokens=64")
+    assert code == 0, output
+    node = next(n for n in workplace.summary["nodes"] if n["stage"] == "base")
+    assert architecture in node["facts"]["architecture"].lower()
+    assert not [n for n in workplace.summary["nodes"] if n["stage"] == "tiny"]

@@ -1,0 +1,83 @@
+"""Prints an artifact's ancestry as a tree: `python -m qlora_dist.artifacts.show FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.tree import Tree
+
+from qlora_dist.artifacts.store import MANIFEST, Manifest, Store
+from qlora_dist.errors import ArtifactError, QloraDistError
+
+SHOWN_FACTS = ("num_records", "num_rows", "tokens", "num_steps", "validation_loss", "method", "weights", "chosen")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qlora_dist.artifacts.show", description=__doc__)
+    parser.add_argument("folder", type=Path, help="a finished artifact: runs/artifacts/<stage>/<label>-<key>")
+    parser.add_argument("--verify", action="store_true", help="compare every byte of the ancestry with its digests")
+    args = parser.parse_args(argv)
+    try:
+        Console().print(ancestry(args.folder, verify=args.verify))
+    except QloraDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def ancestry(folder: Path, *, verify: bool = False) -> Tree:
+    """Returns an artifact with all that it was made from; one that appears again is not unfolded again.
+
+    Raises:
+        ArtifactError: if the folder is no artifact, or one of its ancestors is damaged.
+    """
+    folder = folder.resolve()
+    if not (folder / MANIFEST).is_file():
+        repair = "Name a folder below runs/artifacts/<stage>/; a run's summary.json lists them."
+        raise ArtifactError(f"{folder} is no finished artifact: it has no {MANIFEST}. {repair}")
+    store = Store(folder.parents[1])
+    artifact_id = f"{folder.parent.name}/{folder.name}"
+    tree = Tree("")
+    _grow(tree, store, artifact_id, seen=set(), verify=verify)
+    return tree.children[0]
+
+
+def _grow(parent: Tree, store: Store, artifact_id: str, *, seen: set[str], verify: bool) -> None:
+    if artifact_id in seen:
+        parent.add(f"[dim]{artifact_id} (above)[/dim]")
+        return
+    seen.add(artifact_id)
+    if not store.is_finished(artifact_id):
+        parent.add(f"[yellow]{artifact_id} (deleted)[/yellow]")
+        return
+    if verify:
+        store.verify(artifact_id)
+    manifest = store.manifest(artifact_id)
+    branch = parent.add(_describe(manifest))
+    for name, leaf in manifest.leaves.items():
+        branch.add(f"[dim]{name}: {leaf[:12]}[/dim]")
+    for parent_id in manifest.inputs.values():
+        _grow(branch, store, parent_id, seen=seen, verify=verify)
+
+
+def _describe(manifest: Manifest) -> str:
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    facts = ", ".join(f"{name} {_short(manifest.facts[name])}" for name in SHOWN_FACTS if name in manifest.facts)
+    made = f"{manifest.made.get('time', '')} in {manifest.seconds:g} s, {size / 1e6:.1f} MB"
+    return f"[bold]{manifest.id}[/bold] {facts} [dim]{made}[/dim]"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_short(item)}" for key, item in value.items()) + "}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

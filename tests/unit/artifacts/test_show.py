@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.artifacts.show import main
+from qlora_dist.artifacts.store import Manifest, Store
+
+
+def make(store: Store, stage: str, label: str, inputs: dict[str, str] | None = None, **facts) -> str:
+    manifest = Manifest(
+        stage=stage, label=label, key="abc", version=1, recipe={}, inputs=inputs or {}, leaves={}, facts=facts
+    )
+    store.partial(manifest.id).mkdir(parents=True)
+    (store.partial(manifest.id) / "a.bin").write_bytes(b"12")
+    store.commit(manifest)
+    return manifest.id
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    store = Store(tmp_path)
+    base = make(store, "base", "tiny")
+    parts = {f"legal-{i}": make(store, "adapter", f"legal-{i}", {"base": base}) for i in range(2)}
+    return store.folder(make(store, "merged", "all", parts, weights={"legal-0": 0.25, "legal-1": 0.75}))
+
+
+def test_the_ancestry_is_a_tree_in_which_shared_ancestors_are_unfolded_once(merged: Path, capsys):
+    assert main([str(merged)]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].startswith("merged/all-abc weights {legal-0: 0.25, legal-1: 0.75}")
+    assert [line.split()[1] for line in lines[1:] if "abc" in line][:1] == ["adapter/legal-0-abc"]
+    assert sum("base/tiny-abc" in line for line in lines) == 2
+    assert sum("(above)" in line for line in lines) == 1
+
+
+def test_a_damaged_ancestor_is_named(merged: Path, capsys):
+    (merged.parents[1] / "base" / "tiny-abc" / "a.bin").write_bytes(b"21")
+    assert main([str(merged)]) == 0
+    assert main([str(merged), "--verify"]) == 1
+    assert "base/tiny-abc" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_artifact_is_one_line(tmp_path: Path, capsys):
+    assert main([str(tmp_path)]) == 1
+    assert "is no finished artifact" in capsys.readouterr().err
