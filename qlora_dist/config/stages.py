@@ -45,7 +45,6 @@ class ShardsConfig:
     num_shards: int = 1
     shard_mode: ShardMode = setting(ShardMode.iid)
     render: RenderConfig = setting(RenderConfig)
-    seed: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +64,6 @@ class RowsConfig:
     shard: int = -1
     row_tokens: int = 256
     render: RenderConfig = setting(RenderConfig)
-    seed: int = 0
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from array import array
 from pathlib import Path
+
+import numpy as np
 
 from qlora_dist.data.contamination import HeldOutRuns
 from qlora_dist.data.record import Record, in_batches, read_records
@@ -15,6 +17,7 @@ MARGIN = 0.1
 """Three standard errors of a similarity that was estimated by 128 hashes."""
 
 RUN_WORDS = 5
+NUM_MARKS = 3
 
 
 def check_splits(folder: Path, near_threshold: float) -> Facts:
@@ -26,27 +29,26 @@ def check_splits(folder: Path, near_threshold: float) -> Facts:
     Raises:
         DataError: naming the two records.
     """
-    seen: dict[str, tuple[str, str]] = {}
     test, held_out = HeldOutRuns(RUN_WORDS), HeldOutRuns(RUN_WORDS)
-    for name in ("test", "validation"):
+    marks = {name: _all_marks(folder / f"{name}.jsonl") for name in ("test", "validation")}
+    for name in marks:
         for record in read_records(folder / f"{name}.jsonl"):
-            _check_marks(seen, record, name)
-            seen |= dict.fromkeys(_marks(record), (name, record.id))
             for runs in (test, held_out) if name == "test" else (held_out,):
                 runs.add(f"{name} {record.id}", [record.whole()])
     test.finish()
     held_out.finish()
     highest = 0.0
-    for name, runs in (("validation", test), ("train", held_out)):
+    for name, runs, others in (("validation", test, ["test"]), ("train", held_out, ["test", "validation"])):
         for batch in in_batches(read_records(folder / f"{name}.jsonl")):
-            matches = runs.matches([[record.whole()] for record in batch])
-            for record, match in zip(batch, matches, strict=True):
-                _check_marks(seen, record, name)
+            for other in others:
+                _check_marks(folder, batch, name, other, marks[other])
+            for record, match in zip(batch, runs.matches([[r.whole()] for r in batch]), strict=True):
                 if match and match.jaccard >= near_threshold + MARGIN:
                     found = f"{match.held_out} and {name} {record.id} are {match.jaccard:.0%} alike"
                     raise DataError(f"Split integrity: {found}; they belong in one split.")
                 highest = max(highest, match.jaccard if match else 0.0)
-    return {"held_out_records": len({record for _, record in seen.values()}), "highest_similarity": round(highest, 3)}
+    num_held_out = sum(len(found) for found in marks.values()) // NUM_MARKS
+    return {"held_out_records": num_held_out, "highest_similarity": round(highest, 3)}
 
 
 def check_shards(train: Path, shards: list[Path]) -> None:
@@ -60,19 +62,28 @@ def check_shards(train: Path, shards: list[Path]) -> None:
         raise DataError(f"{train}: {wanted[0]} records went in, {found[0]} came out in the shards, or others did.")
 
 
-def _marks(record: Record) -> Iterator[str]:
-    """Yields what no two splits may share: id, cluster, and the text with spaces and case set aside."""
-    yield f"id {record.id}"
-    yield f"cluster {record.cluster}"
-    yield "text " + hashlib.sha256(" ".join(record.whole().lower().split()).encode()).hexdigest()[:24]
+def _marks(record: Record) -> list[int]:
+    """Returns what no two splits may share, as hashes: id, cluster, and the text with spaces and case set aside."""
+    text = " ".join(record.whole().lower().split())
+    said = (f"id {record.id}", f"cluster {record.cluster}", f"text {text}")
+    return [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest(), "little") for s in said]
 
 
-def _check_marks(seen: dict[str, tuple[str, str]], record: Record, split: str) -> None:
-    for mark in _marks(record):
-        other, other_id = seen.get(mark, (split, ""))
-        if other != split:
-            what = mark.split(" ")[0]
-            raise DataError(f"Split integrity: {other} {other_id} and {split} {record.id} share their {what}.")
+def _all_marks(path: Path) -> np.ndarray:
+    found = array("Q")
+    for record in read_records(path):
+        found.extend(_marks(record))
+    return np.sort(np.array(found, dtype=np.uint64))
+
+
+def _check_marks(folder: Path, batch: list[Record], split: str, other: str, marks: np.ndarray) -> None:
+    own = np.array([_marks(record) for record in batch], dtype=np.uint64)
+    if not np.isin(own, marks).any():
+        return
+    for record in read_records(folder / f"{other}.jsonl"):
+        for row in np.flatnonzero(np.isin(own, np.array(_marks(record), dtype=np.uint64)).any(axis=1)):
+            what = f"{other} {record.id} and {split} {batch[int(row)].id} are the same record, text or cluster"
+            raise DataError(f"Split integrity: {what}.")
 
 
 def _lines_digest(paths: list[Path]) -> tuple[int, int]:

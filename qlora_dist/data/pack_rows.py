@@ -21,7 +21,7 @@ from qlora_dist.data.record import Record, Reject, in_batches, read_records
 from qlora_dist.data.segments import Scratch, Segment, cut, row_blocks
 from qlora_dist.data.words import place
 from qlora_dist.errors import DataError, bad_value
-from qlora_dist.runtime import Facts, write_json
+from qlora_dist.runtime import Facts, Progress, write_json
 
 SEGMENT = np.dtype([("row", "<i8"), ("start", "<i4"), ("length", "<i4"), ("record", "<i8"), ("trained_bytes", "<i8")])
 """One entry of `segments.npy`: which slots of which row belong to which record."""
@@ -59,6 +59,7 @@ def _tokenize(source: Path, encoder: Encoder, config: RowsConfig, scratch: Scrat
     counts: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     is_checked = False
+    progress = Progress(max(1, source.stat().st_size >> 20), unit="MB")
     with (
         (out / "records.jsonl").open("w", encoding="utf-8") as names,
         (out / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
@@ -67,6 +68,7 @@ def _tokenize(source: Path, encoder: Encoder, config: RowsConfig, scratch: Scrat
             if not is_checked and any(record.messages for record in batch):
                 encoder.check_template()
                 is_checked = True
+            progress.update(min(progress.total, counts["bytes"] >> 20))
             for record, encoded in zip(batch, encoder.encode(batch), strict=True):
                 result = encoded if isinstance(encoded, str) else _segments(record, encoded, encoder, config)
                 if isinstance(result, str):

@@ -15,7 +15,7 @@ from qlora_dist.data.kinds import UnusableError, make_record
 from qlora_dist.data.record import Record, Reject, in_batches
 from qlora_dist.data.signatures import INDEX, index_entries
 from qlora_dist.data.sources import Piece, read_piece
-from qlora_dist.runtime import Facts, write_json
+from qlora_dist.runtime import Facts, Progress, write_json
 
 RECORDS, REJECTS, COUNTS = "records.jsonl", "rejects.jsonl", "counts.json"
 
@@ -43,7 +43,9 @@ def write_records(config: RecordsConfig, inputs: Mapping[str, Path], out: Path) 
                 counts["broken" if item.broken else "dropped"] += 1
                 by["reasons"][item.reason] += 1
 
+        progress = Progress(max(1, sum(p.end - p.start for p in map(Piece.parse, config.files)) >> 20), unit="MB")
         for batch in in_batches(usable()):
+            progress.update(min(progress.total, counts["bytes"] >> 20))
             index.write(index_entries(batch).tobytes())
             for record in batch:
                 kept.write(record.to_line())

@@ -6,6 +6,7 @@ N records, K shards.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def _deal_sources(config: ShardsConfig, size_N: np.ndarray, source_N: np.ndarray
 
 def _measure(train: Path, encoder: Encoder | None, mode: ShardMode) -> tuple[np.ndarray, np.ndarray]:
     """Returns the size of each record [N] and the number of its group [N]."""
-    weights, num_bytes, num_tokens, groups, types = [], [], [], [], []
+    weights, num_bytes, num_tokens = array("d"), array("q"), array("q")
+    groups, types = array("q"), array("q")
     group_names: dict[tuple[object, ...], int] = {}
     type_names: dict[tuple[object, ...], int] = {}
     measured_share = MEASURED_BYTES / max(1, train.stat().st_size) if encoder else 0
@@ -99,8 +101,8 @@ def _measure(train: Path, encoder: Encoder | None, mode: ShardMode) -> tuple[np.
             num_tokens.append(tokens.get(record.id, -1))
             groups.append(group_names.setdefault(_group(record, mode), len(group_names)))
             types.append(type_names.setdefault((record.source, record.kind), len(type_names)))
-    size_N = _estimated(np.array(num_bytes, dtype=np.float64), np.array(num_tokens), np.array(types, dtype=np.int64))
-    return size_N * np.array(weights), np.array(groups, dtype=np.int64)
+    size_N = _estimated(np.array(num_bytes, dtype=np.float64), np.array(num_tokens), np.array(types))
+    return size_N * np.array(weights), np.array(groups)
 
 
 def _tokens(batch: list[Record], encoder: Encoder | None, share: float) -> dict[str, int]:

@@ -82,7 +82,7 @@ def show_rows(console: Console, folder: Path, tokenizer: Path | None, num: int, 
 def show_source(console: Console, path: str, tokenizer: Path | None, num: int) -> None:
     """Prints the first records of a source with their kind, as the template renders them; then what was rejected."""
     domain = DomainConfig(sources=[SourceConfig(path=path)])
-    files = [file for part in plan_parts(domain) for file in part]
+    files = [file for part in plan_parts(domain, "source") for file in part]
     encoder = Encoder(tokenizer) if tokenizer else None
     kinds: Counter[str] = Counter()
     rejects: list[Reject] = []

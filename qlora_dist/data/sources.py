@@ -50,11 +50,11 @@ class Piece:
         return cls(int(source), path, int(start), int(end))
 
 
-def plan_parts(domain: DomainConfig) -> list[list[str]]:
+def plan_parts(domain: DomainConfig, key: str = "domain") -> list[list[str]]:
     """Divides a domain's sources into parts of about `part_bytes`, in the order of the sources and of their paths.
 
     The order of all examples is the same however many parts there are. Large JSON-lines files are divided at line
-    ends; any other file belongs to one part.
+    ends; any other file belongs to one part. `key` is the domain's, for messages.
 
     Raises:
         ConfigError: for a source that names nothing that could be read.
@@ -63,7 +63,7 @@ def plan_parts(domain: DomainConfig) -> list[list[str]]:
     parts: list[list[str]] = [[]]
     size = 0
     for number, source in enumerate(domain.sources):
-        for piece in _pieces(number, source, domain.part_bytes):
+        for piece in _pieces(number, source, f"{key}.sources[{number}]", domain.part_bytes):
             if size and size + piece.end - piece.start > domain.part_bytes:
                 parts.append([])
                 size = 0
@@ -120,22 +120,21 @@ def files_of(source: SourceConfig, key: str = "path") -> list[Path]:
     return readable
 
 
-def _pieces(number: int, source: SourceConfig, part_bytes: int) -> Iterator[Piece]:
-    key = f"sources[{number}].path"
+def _pieces(number: int, source: SourceConfig, key: str, part_bytes: int) -> Iterator[Piece]:
     if source.path.startswith(INSTALLED):
         name = source.path.removeprefix(INSTALLED)
         if name not in installed.CORPORA:
-            raise bad_value(key, source.path, f"{INSTALLED}<corpus>", nearest(name, installed.CORPORA))
+            raise bad_value(f"{key}.path", source.path, f"{INSTALLED}<corpus>", nearest(name, installed.CORPORA))
         yield Piece(number, source.path)
     elif _is_hub_id(source.path):
         if not source.revision:
             repair = f"Set revision to the commit of {source.path} that you mean, so that every run means the same."
-            raise bad_value(f"sources[{number}].revision", source.revision, "the commit sha of a hub dataset", repair)
+            raise bad_value(f"{key}.revision", source.revision, "the commit sha of a hub dataset", repair)
         yield Piece(number, ":".join((HUB[:-1], source.path, source.subset, source.split, source.revision)))
     else:
-        files = files_of(source, key)
+        files = files_of(source, f"{key}.path")
         if not any(file.stat().st_size for file in files):
-            raise DataError(f"{source.path}: empty. A source needs at least one record.")
+            raise DataError(f"{key}.path={source.path}: empty. A source needs at least one record.")
         for file in files:
             yield from _file_pieces(number, file, part_bytes)
 

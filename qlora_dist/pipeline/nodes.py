@@ -12,7 +12,6 @@ from qlora_dist.config.fields import everything
 from qlora_dist.config.run import RunConfig
 from qlora_dist.config.train import Method
 from qlora_dist.data.sources import leaf_digest, plan_parts
-from qlora_dist.errors import QloraDistError
 from qlora_dist.pipeline.plan import Node, Plan
 
 GENERAL, DEVELOPMENT = "general", "validation"
@@ -110,12 +109,8 @@ class _Planner:
 
     def _splits(self, name: str) -> Node:
         domain = self.domains[name]
-        try:
-            pieces = plan_parts(domain)
-        except QloraDistError as error:
-            raise type(error)(f"domain.{name}: {error}") from error
         parts = {}
-        for part, files in enumerate(pieces):
+        for part, files in enumerate(plan_parts(domain, name if name == GENERAL else f"domain.{name}")):
             config = told.RecordsConfig(domain=name, source=domain, files=files, part=part)
             leaves = {"files": leaf_digest(files)}
             parts[f"records-{part}"] = self.plan.add("records", f"{name}-{part}", config, leaves=leaves)

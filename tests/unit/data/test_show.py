@@ -58,4 +58,4 @@ def test_a_source_is_shown_with_its_kinds_before_any_run(tmp_path: Path, tokeniz
 
 def test_a_source_that_is_not_there_is_one_line(capsys: Any) -> None:
     assert main(["nowhere.jsonl"]) == 2
-    assert capsys.readouterr().err.startswith("sources[0].path=nowhere.jsonl: expected a file")
+    assert capsys.readouterr().err.startswith("source.sources[0].path=nowhere.jsonl: expected a file")

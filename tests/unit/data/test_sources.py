@@ -103,7 +103,7 @@ def test_a_cache_that_cant_be_written_costs_nothing_but_time(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("{tmp}/nowhere", "sources[0].path={tmp}/nowhere: expected a file, a folder, a glob or a hub id"),
+        ("{tmp}/nowhere", "domain.sources[0].path={tmp}/nowhere: expected a file, a folder, a glob or a hub id"),
         ("{tmp}/*.jsonl", "Nothing there."),
         ("{tmp}/only.pdf", ".jsonl .ndjson .json .parquet .csv .txt .md"),
         ("installed:licences", "Did you mean licenses?"),
