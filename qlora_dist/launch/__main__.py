@@ -19,6 +19,11 @@ PROGRAM = "python -m qlora_dist.launch"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0 done, 1 a node failed, 2 a bad config, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(arguments):
+        from qlora_dist.launch.conf import help_text
+
+        print(help_text(), end="")
+        return 0
     quiet_libraries()
     try:
         if any(argument.startswith("-") for argument in arguments):
@@ -51,8 +56,9 @@ def _with_hydra_flags(arguments: list[str]) -> int:
     """Hands Hydra's own flags (`--help`, `--cfg`, `--info`, `-m` …) to Hydra; its jobs run as ours do."""
     import hydra
 
+    from qlora_dist.launch.conf import conf_folder
     from qlora_dist.launch.multirun import check_points, run_point
-    from qlora_dist.launch.schema import conf_folder, register_schema
+    from qlora_dist.launch.schema import register_schema
 
     register_schema()
     check_points(arguments)

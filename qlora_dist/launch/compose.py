@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from qlora_dist.config.fields import check
 from qlora_dist.config.run import RunConfig
 from qlora_dist.errors import ConfigError, QloraDistError, bad_value, nearest
-from qlora_dist.launch.schema import conf_folder, register_schema
+from qlora_dist.launch.conf import conf_folder
+from qlora_dist.launch.schema import register_schema
 
 
 def compose_run(overrides: Sequence[str], config_dir: str | None = None) -> RunConfig:

@@ -5,7 +5,7 @@ import pytest
 from qlora_dist.config.train import gradient_accumulation
 from qlora_dist.errors import ConfigError
 from qlora_dist.launch.compose import compose_run, valid_keys
-from qlora_dist.launch.schema import conf_folder
+from qlora_dist.launch.conf import conf_folder
 
 
 def error_of(*overrides: str) -> str:
@@ -122,3 +122,12 @@ def test_every_group_has_keys_and_no_key_is_listed_twice():
     keys = valid_keys()
     assert len(keys) == len(set(keys))
     assert {"train.tokens_per_step", "domain.<domain>.num_shards", "model.tiny.hidden_size"} <= set(keys)
+
+
+def test_help_names_every_group_and_option():
+    from qlora_dist.launch.conf import help_text
+
+    page = help_text()
+    for path in conf_folder().glob("*/*.yaml"):
+        (line,) = [line for line in page.splitlines() if line.startswith(f"  {path.parent.name} ")]
+        assert path.stem in line
