@@ -20,13 +20,10 @@ from qlora_dist.evaluate import measures
 from qlora_dist.evaluate.generate import Generated, Prompter, generate
 from qlora_dist.evaluate.schema import schema_failure, schema_of_references
 from qlora_dist.evaluate.statistics import estimate_ratio
+from qlora_dist.evaluate.terms import SPLITS_PREFIX, terms_of
 from qlora_dist.runtime import log
 
 ANSWERS_FILE = "answers.jsonl"
-SPLITS_PREFIX = "splits-"
-GENERAL = "general"
-NUM_TEXTS = 2000
-"""Training records that the rule for a domain's terms reads."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,11 +60,6 @@ def _questions(path: Path, limit: int) -> list[Record]:
     return list(islice(asked, limit))
 
 
-def _texts(inputs: Mapping[str, Path], domain: str) -> list[str]:
-    folder = inputs.get(f"{SPLITS_PREFIX}{domain}")
-    return [r.whole() for r in islice(read_records(folder / "train.jsonl"), NUM_TEXTS)] if folder else []
-
-
 def _answer_domain(model: Any, config: ScoresConfig, inputs: Mapping[str, Path], domain: str) -> list[Answer]:
     told = config.evaluate
     records = _questions(inputs[f"{SPLITS_PREFIX}{domain}"] / f"{told.split}.jsonl", told.max_answers)
@@ -76,7 +68,7 @@ def _answer_domain(model: Any, config: ScoresConfig, inputs: Mapping[str, Path],
     prompter = Prompter(Encoder(inputs["tokenizer"], config.render.get(domain, RenderConfig())))
     prompts = [prompter.prompt_ids(r.messages[:-1]) for r in records]
     said = list(generate(model, prompter, prompts, told.max_new_tokens, told.batch_tokens))
-    terms = measures.domain_terms(_texts(inputs, domain), _texts(inputs, GENERAL))
+    terms = terms_of(domain, inputs)
     schema = schema_of_references([r.messages[-1]["content"] for r in records])
     answers = []
     for record, generated in zip(records, said, strict=True):

@@ -27,7 +27,7 @@ class Document:
 
     `nll` counts every target in nats; `nll_bits` counts those that carry bytes, in bits; `bytes` are theirs.
     `correct` counts the targets that were the likeliest token; `kl` sums KL(base || model), and is 0 where it
-    was not measured.
+    was not measured; `term_nll` counts the targets that spell one of the domain's `terms`.
     """
 
     domain: str
@@ -38,6 +38,8 @@ class Document:
     nll_bits: float = 0.0
     correct: float = 0.0
     kl: float = 0.0
+    term_nll: float = 0.0
+    terms: int = 0
     tokens: int = 0
     bytes: int = 0
 
@@ -56,6 +58,7 @@ MEASURES = {
     "completion_loss": ("nll", "tokens"),
     "next_token_accuracy": ("correct", "tokens"),
     "token_kl": ("kl", "tokens"),
+    "term_loss": ("term_nll", "terms"),
 }
 """Each likelihood measure is a ratio of sums over documents: (top, bottom)."""
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.config.evaluate import EvaluateConfig, Gate
-from qlora_dist.evaluate.answers import GENERAL
 from qlora_dist.evaluate.compare import compare_models
 from qlora_dist.evaluate.examples import collect_examples
+from qlora_dist.evaluate.terms import GENERAL
 
 
 def assess(folders: Mapping[str, Path], shipped: str, domains: Sequence[str], config: EvaluateConfig) -> dict[str, Any]:

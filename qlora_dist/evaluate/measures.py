@@ -10,8 +10,9 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
+from qlora_dist.evaluate.terms import WORD
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-WORD = re.compile(r"\w+", re.UNICODE)
 MIN_SUPPORTED_CHARS = 4
 """Shorter words (articles, prepositions) are in any context, and so say nothing of faithfulness."""
 
@@ -74,26 +75,6 @@ def term_recall(answer: str, reference: str, terms: Collection[str]) -> float | 
     """Returns the share of the reference's domain terms that the answer uses; None where it has none."""
     wanted = {w for w in WORD.findall(reference.lower()) if w in terms}
     return len(wanted & set(WORD.findall(answer.lower()))) / len(wanted) if wanted else None
-
-
-def domain_terms(domain: Sequence[str], general: Sequence[str], limit: int = 300) -> frozenset[str]:
-    """Returns the words that are a domain's own, by one rule.
-
-    A term has at least four letters and stands at least three times in the domain's training text, and at least four
-    times as often there as in general text (counts smoothed by one); the `limit` most frequent of these are kept.
-    """
-    ours, theirs = _count(domain), _count(general)
-    num_ours, num_theirs = sum(ours.values()) or 1, sum(theirs.values()) or 1
-    own = [
-        (count, word)
-        for word, count in ours.items()
-        if count >= 3 and count / num_ours >= 4 * (theirs[word] + 1) / (num_theirs + 1)
-    ]
-    return frozenset(word for _, word in sorted(own, key=lambda t: (-t[0], t[1]))[:limit])
-
-
-def _count(texts: Sequence[str]) -> Counter[str]:
-    return Counter(w for text in texts for w in WORD.findall(text.lower()) if len(w) >= 4 and w.isalpha())
 
 
 def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:

@@ -14,6 +14,7 @@ METRIC_NAMES = {
     "bits_per_byte": "bits per byte (lower is better)",
     "completion_loss": "loss per token, nats (lower is better)",
     "token_kl": "KL from the base per token, nats (lower forgets less)",
+    "term_loss": "loss of a domain's term, nats (lower is better)",
     "next_token_accuracy": "share of targets that were the likeliest token (higher is better)",
     "calibration_error": "expected calibration error (lower is better)",
     "exact_match": "exact match (higher is better)",

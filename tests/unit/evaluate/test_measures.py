@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_dist.evaluate import measures
 from qlora_dist.evaluate.schema import infer_schema, schema_failure, schema_of_references
+from qlora_dist.evaluate.terms import TermMarker, domain_terms
+from qlora_dist.testing import save_byte_tokenizer
 
 texts = st.text(max_size=40)
 
@@ -58,7 +62,7 @@ def test_support_falls_with_what_the_context_does_not_hold() -> None:
 def test_terms_are_frequent_in_the_domain_and_rare_elsewhere() -> None:
     domain = ["the licensor grants the licensee a licence without warranty"] * 5
     general = ["the weather was grand without doubt and people went home"] * 5
-    terms = measures.domain_terms(domain, general)
+    terms = domain_terms(domain, general)
     assert {"licensor", "licensee", "warranty"} <= terms
     assert not {"without", "the", "weather"} & terms
     assert measures.term_recall("the licensee pays", "licensor and licensee", terms) == 0.5
@@ -111,3 +115,17 @@ def test_schema_refuses_absent_unknown_and_mistyped_keys_by_kind() -> None:
     assert schema_failure({"party": "C", "year": "1998"}, schema) == "wrong type"
     assert schema_failure({"party": "C", "year": 1, "mood": "x"}, schema) == "unknown key"
     assert schema_of_references(["plain text", references[0]]) is None
+
+
+def test_terms_are_marked_among_the_targets_whole_or_not_at_all(tmp_path: Path) -> None:
+    save_byte_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 259}')
+    marker = TermMarker(tmp_path, {"licensee"})
+    text = "The Licensee, licensees: licensee"
+    tokens_T = np.array(marker._tokenizer.encode(text, add_special_tokens=False).ids)
+    marked_T, num_terms = marker.mark(tokens_T, np.ones(len(text), dtype=bool))
+    assert "".join(c for c, m in zip(text, marked_T, strict=True) if m) == "Licenseelicensee"
+    assert num_terms == 2
+    cut_T = np.ones(len(text), dtype=bool)
+    cut_T[6] = False
+    assert marker.mark(tokens_T, cut_T)[1] == 1

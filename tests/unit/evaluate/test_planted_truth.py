@@ -164,6 +164,10 @@ def test_gate_ships_the_good_adapter_and_stops_the_other_two(scored: dict[str, P
     assert checks["hard"][1] is False, verdicts["hard"]
 
 
+def test_terms_of_the_domain_are_likelier_to_the_adapter_that_learned_it(scored: dict[str, Path]) -> None:
+    assert value(scored["good"], "term_loss") < 0.2 * value(scored["base"], "term_loss")
+
+
 def test_divergence_from_the_base_grows_with_forgetting(scored: dict[str, Path]) -> None:
     assert value(scored["hard"], "token_kl", "general") > 3 * value(scored["good"], "token_kl", "general") > 0
 
