@@ -35,14 +35,18 @@ def pack(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray, 
         first, length = start, int(lengths[order[start]])
         while first < end:
             room, rows, per_row = rooms.take(length, end - first)
-            segments = order[first : first + len(rows) * per_row][: end - first]
+            segments = order[first : min(end, first + len(rows) * per_row)]
+            first += len(segments)
+            if per_row == 1:
+                row_of[segments], start_of[segments] = rows, row_tokens - room
+                rooms.put(room - length, rows)
+                continue
             place = np.arange(len(segments))
             row_of[segments] = rows[place // per_row]
             start_of[segments] = row_tokens - room + place % per_row * length
             in_last = len(segments) - (len(rows) - 1) * per_row
             rooms.put(room - per_row * length, rows[:-1])
             rooms.put(room - in_last * length, rows[-1:])
-            first += len(segments)
     return row_of, start_of, rooms.num_rows
 
 
