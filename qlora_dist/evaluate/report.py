@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.evaluate.page import shown
-from qlora_dist.evaluate.sections import METRIC_NAMES, report_sections
+from qlora_dist.evaluate.scored_sections import FIRST_METRICS, metric_name
+from qlora_dist.evaluate.sections import report_sections
 from qlora_dist.evaluate.summary import number, view
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-ON_TERMINAL = ("bits_per_byte", "completion_loss", "exact_match", "schema_valid")
-"""What fits a terminal; the report has the rest."""
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -42,13 +40,13 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     """Returns the scores for a terminal: a row a model, a column for each held-out set and measure."""
     from rich.table import Table
 
-    rows = [r for r in view(summary).scores if r["metric"] in ON_TERMINAL]
+    rows = [r for r in view(summary).scores if r["metric"] in FIRST_METRICS]
     columns = list(dict.fromkeys((r["metric"], r["domain"]) for r in rows))
     value = {(r["model"], r["metric"], r["domain"]): r for r in rows}
     table = Table(title="Scores on held-out text", title_justify="left")
     table.add_column("model", no_wrap=True)
     for metric, domain in columns:
-        table.add_column(f"{domain}\n{str(METRIC_NAMES.get(metric, metric)).split(' (')[0]}", justify="right")
+        table.add_column(f"{domain}\n{metric_name(metric).split(' (')[0]}", justify="right")
     for model in dict.fromkeys(r["model"] for r in rows):
         table.add_row(str(model), *(_with_reach(value.get((model, m, d), {})) for m, d in columns))
     return table

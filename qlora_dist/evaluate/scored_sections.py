@@ -1,0 +1,97 @@
+"""The report's sections on how good the models are: scores, differences from the base, examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_dist.evaluate import figures
+from qlora_dist.evaluate.examples import mark
+from qlora_dist.evaluate.page import Section, Table
+from qlora_dist.evaluate.summary import Row, RunView, mapping, text
+
+FIRST_METRICS = ("bits_per_byte", "completion_loss", "exact_match", "schema_valid")
+"""Those that have a chart of their own, and that fit a terminal."""
+
+METRIC_NAMES = {
+    "bits_per_byte": "bits per byte (lower is better)",
+    "completion_loss": "loss per token, nats (lower is better)",
+    "token_kl": "KL from the base per token, nats (lower forgets less)",
+    "term_loss": "loss of a domain's term, nats (lower is better)",
+    "next_token_accuracy": "share of targets that were the likeliest token (higher is better)",
+    "calibration_error": "expected calibration error (lower is better)",
+    "exact_match": "exact match (higher is better)",
+    "token_f1": "F1 over words (higher is better)",
+    "rouge_l": "ROUGE-L (higher is better)",
+    "macro_f1": "macro-F1 over classes (higher is better)",
+    "json_valid": "valid JSON (higher is better)",
+    "schema_valid": "meets the references' schema (higher is better)",
+    "term_recall": "recall of the domain's terms (higher is better)",
+    "support": "share of words that the context holds (higher is better)",
+    "repetition": "share of repeated 4-grams (lower is better)",
+    "answer_tokens": "tokens of an answer",
+    "ended": "share of answers that ended of themselves (higher is better)",
+}
+COMPARED = """Paired over the same documents; p-values are corrected for the number of models (Holm). \
+The minimal detectable difference is the one that 80 % of such samples would find."""
+
+
+def scores(run: RunView) -> Section | None:
+    """Shows the scores that people compare first, each with its interval and a bar chart."""
+    section = Section("Scores", "Intervals are 95 %, by bootstrap over clusters of near-copies.")
+    for metric, chosen in _by_metric(run, of_first=True):
+        section.figures.append((f"scores-{metric}", figures.score_bars(chosen, metric, metric_name(metric))))
+        section.tables.append(_score_table(metric, chosen))
+    return section if section.tables else None
+
+
+def further(run: RunView) -> Section | None:
+    """Shows every other measure as a table."""
+    tables = [_score_table(metric, chosen) for metric, chosen in _by_metric(run, of_first=False)]
+    return Section("Further measures", tables=tables, folded=True) if tables else None
+
+
+def metric_name(metric: str) -> str:
+    """Returns a measure as a person calls it, with which way is better."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def _by_metric(run: RunView, *, of_first: bool) -> Iterator[tuple[str, list[Row]]]:
+    for metric in dict.fromkeys(r["metric"] for r in run.scores):
+        if (metric in FIRST_METRICS) is of_first:
+            yield metric, [r for r in run.scores if r["metric"] == metric]
+
+
+def _score_table(metric: str, rows: list[Row]) -> Table:
+    columns = ["model", "domain", "split", "value", "low", "high", "num_documents"]
+    return Table(metric_name(metric), columns, [[r.get(c) for c in columns] for r in rows])
+
+
+def matrix(run: RunView) -> Section | None:
+    """Shows how every adapter and merge does on every domain: what transfers, what interferes, what is forgotten."""
+    rows = [r for r in run.comparisons if r["metric"] == "bits_per_byte"]
+    if not rows:
+        return None
+    models, domains = (list(dict.fromkeys(r[k] for r in rows)) for k in ("model", "domain"))
+    value = {(r["model"], r["domain"]): r["difference"] for r in rows}
+    grid = [[value.get((m, d)) for d in domains] for m in models]
+    title = "Bits per byte minus the base's (negative is better)"
+    section = Section("Against the base", COMPARED)
+    section.figures.append(("matrix", figures.heat_map(grid, domains, models, title, middle=0)))
+    columns = ["model", "domain", "difference", "low", "high", "p_holm", "minimal_detectable", "num_documents"]
+    for metric in dict.fromkeys(r["metric"] for r in run.comparisons):
+        chosen = [[r.get(c) for c in columns] for r in run.comparisons if r["metric"] == metric]
+        section.tables.append(Table(f"Difference in {metric_name(metric)}", columns, chosen))
+    return section
+
+
+def examples(run: RunView) -> Section | None:
+    """Shows the first questions of each domain with every model's answer, compared with the reference."""
+    section = Section(
+        "Examples", "Underlined words are not in the reference; struck ones stand only there.", folded=True
+    )
+    for example in run.examples:
+        reference = text(example.get("reference"))
+        said = [[model, mark(text(answer), reference)] for model, answer in mapping(example.get("answers")).items()]
+        caption = f"{text(example.get('domain'))}: {text(example.get('prompt'))}"
+        section.tables.append(Table(caption, ["model", "answer"], [["reference", reference], *said]))
+    return section if section.tables else None

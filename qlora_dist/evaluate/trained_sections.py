@@ -1,0 +1,67 @@
+"""The report's sections on how the adapters were made: curves, merge, certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qlora_dist.evaluate import figures
+from qlora_dist.evaluate.page import Section, Table, union_table
+from qlora_dist.evaluate.summary import NodeView, Row, RunView, mappings, number
+
+
+def curves(run: RunView) -> Section | None:
+    """Shows loss, learning rate and speed of every training over its steps."""
+    section = Section("Training")
+    metrics = dict.fromkeys(k for rows in run.curves.values() for r in rows for k in r if k != "step")
+    for metric in sorted(metrics, key=lambda k: ("loss" not in k, k)):
+        drawn = {label: _points(rows, metric) for label, rows in run.curves.items()}
+        drawn = {label: points for label, points in drawn.items() if points[0]}
+        if drawn:
+            name = metric.replace("_", " ")
+            section.figures.append((f"curve-{metric}", figures.lines(drawn, name, "step", name)))
+            ends = [[label, len(xs), ys[0], min(ys), ys[-1]] for label, (xs, ys) in drawn.items()]
+            section.tables.append(Table(name, ["training", "points", "first", "least", "last"], ends))
+    return section if section.figures else None
+
+
+def _points(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
+    kept = [(r["step"], y) for r in rows if (y := number(r.get(metric))) is not None]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def merge(run: RunView) -> Section | None:
+    """Shows what each merge is made of, and how its parts lie to each other."""
+    section = Section("Merge")
+    for node in run.nodes_of("merged"):
+        parts = mappings(node.facts.get("parts"))
+        names = [str(p.get("label", i)) for i, p in enumerate(parts)]
+        values = [{k: v for k, v in p.items() if k != "label"} for p in parts]
+        section.tables += union_table(f"{node.label}: parts", "part", list(zip(names, values, strict=True)))
+        _add_cosines(section, node, names)
+        section.tables += union_table(f"{node.label}: the whole", "merge", [(node.label, node.facts)])
+    return section if section.tables else None
+
+
+def _add_cosines(section: Section, node: NodeView, names: list[str]) -> None:
+    matrix = node.facts.get("cosines")
+    if not isinstance(matrix, list) or len(names) < 2:
+        return
+    rows = [[number(x) for x in row] for row in matrix if isinstance(row, list)]
+    if [len(row) for row in rows] == [len(names)] * len(names):
+        title = f"{node.label}: cosine between the parts' updates"
+        section.figures.append((f"cosines-{node.label}", figures.heat_map(rows, names, names, title, middle=0)))
+        section.tables.append(Table(title, ["part", *names], [[n, *r] for n, r in zip(names, rows, strict=True)]))
+
+
+def certificate(run: RunView) -> Section | None:
+    """Shows the checks that each training passed before and after its first step."""
+    tables = []
+    for node in run.nodes_of("adapter"):
+        checks = node.facts.get("certificate")
+        if isinstance(checks, Mapping):
+            checks = [{"check": k, **(v if isinstance(v, Mapping) else {"value": v})} for k, v in checks.items()]
+        rows = mappings(checks)
+        columns = list(dict.fromkeys(k for c in rows for k in c))
+        tables.append(Table(node.label, columns, [[c.get(k) for k in columns] for c in rows]))
+    tables = [t for t in tables if t.rows]
+    return Section("Certificate", "What was proven of each training, not assumed.", tables) if tables else None
