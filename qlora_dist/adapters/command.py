@@ -167,6 +167,8 @@ def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) ->
     """Prints the parts, how they relate, what was kept, and the command to type next."""
     from rich.table import Table
 
+    from qlora_dist.model.adapter import PROVENANCE_FILE, read_provenance
+
     table = Table(title=f"{facts['method']} of {len(folders)} adapters, {facts['num_modules']} modules")
     table.add_column("adapter", overflow="fold")
     for name in ("weight", "rank", "tokens", "‖ΔW‖"):
@@ -188,5 +190,6 @@ def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) ->
         highlight=False,
     )
     console.print(f"written: {out} (a PEFT folder; its parts stand in {MERGE_FILE})", highlight=False, soft_wrap=True)
-    command = ["python", "-m", "qlora_dist.export", str(out), "--base", "BASE", "--to", "hf", "--out", f"{out}-model"]
+    known = read_provenance(out).base_path if (out / PROVENANCE_FILE).exists() else "BASE"
+    command = ["python", "-m", "qlora_dist.export", str(out), "--base", known, "--to", "hf", "--out", f"{out}-model"]
     console.print(f"next: {shlex.join(command)}", highlight=False, soft_wrap=True)

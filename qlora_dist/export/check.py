@@ -112,9 +112,6 @@ def refuse_drift(found: Drift, dtype: str, out: Path) -> None:
 def _load(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from qlora_dist.model.base import no_progress_bars
-
-    no_progress_bars()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options).eval()
 
 

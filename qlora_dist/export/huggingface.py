@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _BLOCK_VALUES = 2**17  # of one block of rows: a few copies of it in float32 stay in a core's cache
 _COPY_BYTES = 2**23
 _TENSORS_AT_ONCE = 2  # the next one's factors are read while the blocks of this one are worked on
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+_SKIPPED_SUFFIXES = (".jsonl", ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 @dataclass(slots=True)
@@ -166,7 +166,7 @@ def _write_block(rows: BaseRows, update: Factors | None, slot: _Slot, first: int
 def copy_other_files(base: Path, out: Path) -> None:
     """Copies tokenizer, chat template, generation config and all else that isn't weights."""
     for path in sorted(base.iterdir()):
-        skipped = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json") or path.name.startswith(".")
+        skipped = path.suffix in _SKIPPED_SUFFIXES or path.name.endswith(".index.json") or path.name.startswith(".")
         if path.is_file() and not skipped and path.name not in ("base.json", "manifest.json"):
             shutil.copyfile(path, out / path.name)
 

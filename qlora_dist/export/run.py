@@ -14,7 +14,7 @@ from qlora_dist.errors import ModelError, bad_value
 from qlora_dist.export import check
 from qlora_dist.export.huggingface import DTYPES, Gain, write_model
 from qlora_dist.export.weights import MergedWeights
-from qlora_dist.model.base import model_folder
+from qlora_dist.model.base import model_folder, no_progress_bars
 from qlora_dist.model.peft_folder import PeftFolder
 from qlora_dist.model.weights import find_weights, folder_digest
 from qlora_dist.runtime import Facts, log, write_json
@@ -122,6 +122,7 @@ def _remove(path: Path) -> None:
 
 
 def _check(arguments: argparse.Namespace, base: Path, adapter: Path, out: Path, dtype: str) -> Facts:
+    no_progress_bars()
     tokens_1T = check.probe_tokens(base)
     alone_TV, adapted_TV = check.reference_logits(base, adapter, tokens_1T, arguments.base_as == "nf4")
     found = check.drift(alone_TV, adapted_TV, check.exported_logits(out, base, tokens_1T))
