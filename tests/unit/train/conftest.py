@@ -1,0 +1,65 @@
+"""A small base with rows, and an engine on it in this process."""
+
+import pytest
+
+from qlora_dist.config.model import Dtype, ModelConfig, Quantization
+from qlora_dist.config.stages import BaseConfig
+from qlora_dist.config.train import LoraConfig, StrategyConfig, StrategyName, TrainConfig
+from qlora_dist.data.rows import Rows
+from qlora_dist.model.base import open_base, prepare_base
+from qlora_dist.testing import save_rows, save_tiny_model
+from qlora_dist.train.budget import plan_budget
+from qlora_dist.train.checkpoint import Checkpoints
+from qlora_dist.train.engine import Engine
+from qlora_dist.train.lanes import Lane
+from qlora_dist.train.loop import Loop
+
+DDP = StrategyConfig(name=StrategyName.ddp)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    top = tmp_path_factory.mktemp("base")
+    save_tiny_model(top / "model")
+    (top / "out").mkdir()
+    prepare_base(BaseConfig(model=ModelConfig(path=str(top / "model"), compute_dtype=Dtype.float32)), {}, top / "out")
+    return open_base(top / "out")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    return Rows.open(save_rows(tmp_path_factory.mktemp("rows"), 24))
+
+
+@pytest.fixture
+def make_lane(rows):
+    def make(name="adapter", *, lora=None, seed=3, rows=rows, **train):
+        recipe = {"row_tokens": 32, "tokens_per_step": 128, "micro_batch_tokens": 64, "learning_rate": 0.01} | train
+        config = TrainConfig(**recipe)
+        lora = LoraConfig(**({"lora_rank": 4} | (lora or {})))
+        return Lane(name, lora, config, seed, rows, plan_budget(config, rows.num_rows, seed))
+
+    return make
+
+
+@pytest.fixture
+def make_engine(base):
+    def make(*lanes, quantization=Quantization.nf4):
+        model = ModelConfig(quantization=quantization, compute_dtype=Dtype.float32)
+        return Engine.build(model, base, list(lanes), DDP, lanes[0].train)
+
+    return make
+
+
+@pytest.fixture
+def run(make_engine, tmp_path):
+    """Examines and trains lanes to their ends; returns the engine."""
+
+    def go(*lanes, **options):
+        engine = make_engine(*lanes, **options)
+        engine.examine()
+        folder = tmp_path / "-".join(lane.name for lane in lanes)
+        Loop(engine.stepper, Checkpoints(folder, {}), engine.certificate, 600).run(folder / "metrics.jsonl")
+        return engine
+
+    return go
