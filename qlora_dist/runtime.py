@@ -12,11 +12,11 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -143,6 +143,14 @@ class Sink(Protocol):
         """Records the values of one step."""
 
 
+@runtime_checkable
+class TableSink(Protocol):
+    """A sink that takes tables too."""
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Records one table."""
+
+
 class JsonlSink:
     """A sink that appends one JSON object a step to a file, flushed at once."""
 
@@ -174,3 +182,11 @@ def log_metrics(step: int, values: Mapping[str, float]) -> None:
     if rank() == 0:
         for sink in _sinks:
             sink.log(step, values)
+
+
+def log_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Sends a table to every open sink that takes tables, from rank 0 alone."""
+    if rank() == 0:
+        for sink in _sinks:
+            if isinstance(sink, TableSink):
+                sink.log_table(name, columns, rows)
