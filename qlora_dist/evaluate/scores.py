@@ -13,9 +13,11 @@ from qlora_dist.evaluate.documents import Document, score_rows, write_documents
 from qlora_dist.evaluate.held_out import HeldOut
 from qlora_dist.evaluate.loading import open_scored_model
 from qlora_dist.evaluate.terms import TermMarker, terms_of
-from qlora_dist.runtime import Facts, Progress, log_metrics, set_seed, write_json
+from qlora_dist.runtime import Facts, Progress, log_metrics, log_table, set_seed, write_json
 
 SCORES_FILE = "scores.json"
+SCORE_COLUMNS = ("model", "domain", "split", "metric", "value", "low", "high", "num_documents")
+ANSWER_COLUMNS = ("domain", "record", "prompt", "reference", "answer", "failure")
 ROWS_PREFIX = "rows-"
 
 
@@ -39,6 +41,8 @@ def score_model(config: ScoresConfig, inputs: Mapping[str, Path], out: Path) -> 
     write_answers(answers, out)
     table += answer_rows(config.name, answers) + harness
     write_json(out / SCORES_FILE, {"rows": table})
+    log_table("scores", list(SCORE_COLUMNS), [[row[c] for c in SCORE_COLUMNS] for row in table])
+    log_table("answers", list(ANSWER_COLUMNS), [[getattr(a, c) for c in ANSWER_COLUMNS] for a in answers])
     log_metrics(0, {f"{row['domain']}/{row['metric']}": row["value"] for row in table})
     return {
         "scores": table,

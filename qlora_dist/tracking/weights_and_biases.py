@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,10 @@ class WandbSink:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the values of one step."""
         self.run.log({"step": step, **values})
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Logs a table, which W&B sorts, filters and joins over runs."""
+        self.run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
 
 @contextmanager

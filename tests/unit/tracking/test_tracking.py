@@ -15,6 +15,7 @@ import pytest
 
 from qlora_dist.config.evaluate import TrackingConfig, TrackingName
 from qlora_dist.errors import ConfigError
+from qlora_dist.runtime import JsonlSink, log_table, sinks
 from qlora_dist.tracking import open_tracker
 
 
@@ -64,7 +65,7 @@ def records(path: Path) -> list[Any]:
 
 def history(path: Path) -> list[dict[str, Any]]:
     rows = [r.history for r in records(path) if r.WhichOneof("record_type") == "history"]
-    return [{(i.key or i.nested_key[0]): json.loads(i.value_json) for i in row.item} for row in rows]
+    return [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in row.item} for row in rows]
 
 
 def test_offline_run_holds_id_group_type_recipe_and_every_step(tmp_path: Path) -> None:
@@ -173,3 +174,12 @@ def test_tensorboard_that_is_not_installed_is_named_with_the_repair(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"qlora_dist\[tensorboard\]"), run_of(tmp_path, TrackingName.tensorboard):
         pass
+
+
+def test_tables_reach_the_tracker_that_takes_them(tmp_path: Path) -> None:
+    with run_of(tmp_path) as sink, sinks(sink, JsonlSink(tmp_path / "metrics.jsonl")):
+        log_table("scores", ["model", "value"], [["base", 3.1], ["merged", 2.4]])
+    (path,) = segments(tmp_path)
+    where = next(row["scores.path"] for row in history(path) if "scores.path" in row)
+    table = json.loads((path.parent / "files" / where).read_text(encoding="utf-8"))
+    assert (table["columns"], table["data"]) == (["model", "value"], [["base", 3.1], ["merged", 2.4]])
