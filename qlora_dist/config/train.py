@@ -30,6 +30,7 @@ class StrategyName(Enum):
     single = "single"
     ddp = "ddp"
     fsdp = "fsdp"
+    auto = "auto"
 
 
 @dataclass(kw_only=True, slots=True)

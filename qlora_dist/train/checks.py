@@ -43,12 +43,11 @@ def check_base(certificate: Certificate, model: LaneModel, config: ModelConfig) 
     )
 
 
-def check_placement(
-    certificate: Certificate, model: LaneModel, strategy: Strategy, whole_bytes: int, num_parts: int
-) -> None:
+def check_placement(certificate: Certificate, model: LaneModel, strategy: Strategy, whole_bytes: int) -> None:
     """Checks that each rank holds its part of the base and no more: FSDP has left 4-bit weights whole in silence."""
     held = strategy.base_bytes(model)
     whole = [n for n, p in model.named_parameters() if not p.requires_grad and not isinstance(p, DTensor)]
+    num_parts = strategy.num_parts
     predicted = whole_bytes / num_parts
     certificate.require(
         "each rank holds its part of the base",

@@ -9,7 +9,7 @@ import torch
 
 from qlora_dist.config.fields import identity
 from qlora_dist.config.model import ModelConfig
-from qlora_dist.config.train import StrategyConfig, StrategyName, TrainConfig
+from qlora_dist.config.train import TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.model.base import Base, load_model
 from qlora_dist.model.frozen import keep_dense_within
@@ -33,6 +33,7 @@ from qlora_dist.train.memory import free_memory_bytes
 from qlora_dist.train.processes import joined
 from qlora_dist.train.step import Stepper
 from qlora_dist.train.strategies import Strategy
+from qlora_dist.train.strategies.choice import choose_strategy
 from qlora_dist.train.strategies.ddp import frozen_parameters
 from qlora_dist.train.training import Training
 from qlora_dist.train.validation import row_losses
@@ -50,7 +51,8 @@ def train_one_lane(training: Training) -> Facts:
     config, out = training.config, training.out
     lane = Lane("adapter", config.lora, config.train, config.seed, training.rows, training.budget)
     with joined(config.strategy.world_size, config.strategy.timeout_s):
-        engine = Engine.build(config.model, training.base, [lane], config.strategy, config.train)
+        strategy = choose_strategy(config, training.base)
+        engine = Engine.build(config.model, training.base, [lane], strategy)
         engine.examine()
         before = base_fingerprint(engine.stepper.model)
         checkpoints = Checkpoints(out / CHECKPOINTS, recipe_of(training))
@@ -80,17 +82,14 @@ class Engine:
     """A base with lanes on it, placed by a strategy and ready to step."""
 
     stepper: Stepper
-    whole_bytes: int
-    num_parts: int
+    whole_bytes: int = 0
     dense_cache_bytes: int = 0
     certificate: Certificate = field(default_factory=Certificate)
 
     @classmethod
-    def build(
-        cls, model: ModelConfig, base: Base, lanes: list[Lane], strategy_config: StrategyConfig, train: TrainConfig
-    ) -> Engine:
+    def build(cls, model: ModelConfig, base: Base, lanes: list[Lane], strategy: Strategy) -> Engine:
         """Loads the base, puts the lanes on it, and places it."""
-        strategy, num_parts = make_strategy(strategy_config)
+        train = lanes[0].train
         stored = is_stored(base, model)
         loaded = build_skeleton(base, model) if stored else load_model(base, model)
         seating = attach_lanes(loaded, lanes)
@@ -98,12 +97,12 @@ class Engine:
             lane.make_optimizer()
         if train.activation_checkpointing:
             loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        engine = cls(Stepper(LaneModel(loaded).train(), lanes, seating, strategy), 0, num_parts)
+        engine = cls(Stepper(LaneModel(loaded).train(), lanes, seating, strategy))
         if stored:
             engine.place_stored(base, model)
         else:
             engine.place(model)
-        if num_parts == 1:
+        if strategy.num_parts == 1:
             engine.dense_cache_bytes = keep_dense_within(engine.stepper.model, cache_budget(train, strategy.device))
         return engine
 
@@ -116,7 +115,7 @@ class Engine:
         """Places a pre-quantized base: read whole, or divided first, so that each rank reads its part alone."""
         lane_model = self.stepper.model
         with PrequantizedReader(base) as reader:
-            if self.num_parts == 1:
+            if self.stepper.strategy.num_parts == 1:
                 reader.fill(lane_model.model)
                 self.place(model)
                 return
@@ -133,6 +132,7 @@ class Engine:
     def facts(self) -> Facts:
         """Returns what the manifest says of how the base was held."""
         return {
+            "strategy": self.stepper.strategy.name,
             "num_trainable": sum(p.numel() for lane in self.stepper.lanes for p in lane.parameters.values()),
             "base_bytes_per_rank": self.stepper.strategy.base_bytes(self.stepper.model),
             "dense_cache_bytes": self.dense_cache_bytes,
@@ -141,7 +141,7 @@ class Engine:
     def examine(self) -> None:
         """Makes the checks that come before the first step."""
         certificate, stepper = self.certificate, self.stepper
-        check_placement(certificate, stepper.model, stepper.strategy, self.whole_bytes, self.num_parts)
+        check_placement(certificate, stepper.model, stepper.strategy, self.whole_bytes)
         for lane in stepper.lanes:
             check_rows(certificate, lane)
             check_loss(certificate, stepper, lane)
@@ -184,13 +184,3 @@ def cache_budget(train: TrainConfig, device: torch.device) -> int:
     if share < 0:
         share = 0.25 if device.type == "cpu" else 0.0
     return int(share * free_memory_bytes())
-
-
-def make_strategy(config: StrategyConfig) -> tuple[Strategy, int]:
-    """Returns the strategy, and into how many parts it divides the base."""
-    from qlora_dist.train.strategies.ddp import ReplicatedBase
-    from qlora_dist.train.strategies.fsdp import ShardedBase
-
-    if config.name is StrategyName.fsdp:
-        return ShardedBase(config.ranks_per_group), config.ranks_per_group or config.world_size
-    return ReplicatedBase(), 1

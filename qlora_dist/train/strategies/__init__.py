@@ -16,6 +16,9 @@ from qlora_dist.train.loss import LaneModel
 class Strategy(Protocol):
     """What the loop asks of a strategy."""
 
+    name: str
+    num_parts: int
+    """Into how many parts the base is divided; 1 where every rank holds it whole."""
     rank: int
     world_size: int
     device: torch.device

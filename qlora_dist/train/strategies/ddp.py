@@ -15,7 +15,10 @@ from qlora_dist.train.loss import LaneModel
 class ReplicatedBase:
     """The base whole on each rank. With one process it is plain training, and nothing is sent."""
 
+    name = "ddp"
+
     def __init__(self) -> None:
+        self.num_parts = 1
         self.rank, self.world_size, self.device = rank(), world_size(), device()
 
     def prepare(self, model: LaneModel) -> None:

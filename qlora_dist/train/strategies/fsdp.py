@@ -18,13 +18,15 @@ from qlora_dist.train.strategies.ddp import ReplicatedBase, frozen_parameters
 class ShardedBase(ReplicatedBase):
     """The base sharded over the ranks; with `ranks_per_group` below the world size, over groups of that many."""
 
+    name = "fsdp"
+
     def __init__(self, ranks_per_group: int = 0) -> None:
         super().__init__()
-        self._group = ranks_per_group or self.world_size
+        self.num_parts = ranks_per_group or self.world_size
 
     def prepare(self, model: LaneModel) -> None:
         """Shards every decoder layer, then what is left (embedding, norm, head)."""
-        shape = (self.world_size // self._group, self._group)
+        shape = (self.world_size // self.num_parts, self.num_parts)
         names = ("replicate", "shard")
         if shape[0] == 1:
             shape, names = shape[1:], names[1:]  # type: ignore[assignment]

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_dist.config.model import Dtype, ModelConfig, Quantization
 from qlora_dist.config.stages import BaseConfig
-from qlora_dist.config.train import LoraConfig, StrategyConfig, StrategyName, TrainConfig
+from qlora_dist.config.train import LoraConfig, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.model.base import open_base, prepare_base
 from qlora_dist.testing import save_rows, save_tiny_model
@@ -13,8 +13,7 @@ from qlora_dist.train.checkpoint import Checkpoints
 from qlora_dist.train.engine import Engine
 from qlora_dist.train.lanes import Lane
 from qlora_dist.train.loop import Loop
-
-DDP = StrategyConfig(name=StrategyName.ddp)
+from qlora_dist.train.strategies.ddp import ReplicatedBase
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +45,7 @@ def make_lane(rows):
 def make_engine(base):
     def make(*lanes, quantization=Quantization.nf4):
         model = ModelConfig(quantization=quantization, compute_dtype=Dtype.float32)
-        return Engine.build(model, base, list(lanes), DDP, lanes[0].train)
+        return Engine.build(model, base, list(lanes), ReplicatedBase())
 
     return make
 

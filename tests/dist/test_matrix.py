@@ -1,0 +1,43 @@
+"""The table of docs/strategies.md is true: what it promises trains, what it refuses is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.config.fields import check
+from qlora_dist.config.model import Quantization
+from qlora_dist.config.train import Method, StrategyName, check_supported
+from qlora_dist.errors import ConfigError
+from qlora_dist.train import train_adapter
+
+DOC = Path(__file__).parents[2] / "docs" / "strategies.md"
+
+
+def cells():
+    lines = DOC.read_text().split("## What is supported")[1].split("## ")[0].splitlines()
+    table = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    for strategy, size, method, quantization, plain, recompute in table[2:]:
+        yield strategy, int(size), method, quantization, False, plain
+        yield strategy, int(size), method, quantization, True, recompute
+
+
+@pytest.mark.parametrize("cell", list(cells()), ids=lambda c: "-".join(map(str, c)))
+def test_cell(cell, pool, inputs, recipe, tmp_path):
+    strategy, world_size, method, quantization, recompute, promise = cell
+    config = recipe(activation_checkpointing=recompute, max_steps=2, quantization=Quantization[quantization])
+    config.train.method = Method[method]
+    config = replace(config, strategy=replace(config.strategy, name=StrategyName[strategy], world_size=world_size))
+    if promise != "yes":
+        with pytest.raises(ConfigError, match=r"strategy|train.method"):
+            check(config.strategy, "strategy")
+            check_supported(config.train, config.strategy)
+        return
+    check(config.strategy, "strategy")
+    facts = pool.run(train_adapter, world_size, config, inputs, tmp_path)[0]
+    assert facts["num_steps"] == 2
+    assert (tmp_path / ("model.safetensors" if method == "full" else "adapter_model.safetensors")).exists()
+
+
+def test_every_strategy_stands_in_the_table():
+    assert {cell[0] for cell in cells()} == {name.name for name in StrategyName}
