@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 from qlora_dist.evaluate import figures
 from qlora_dist.evaluate.page import Section, Table, union_table
@@ -38,6 +39,7 @@ def merge(run: RunView) -> Section | None:
         values = [{k: v for k, v in p.items() if k != "label"} for p in parts]
         section.tables += union_table(f"{node.label}: parts", "part", list(zip(names, values, strict=True)))
         _add_cosines(section, node, names)
+        _add_spectrum(section, node)
         section.tables += union_table(f"{node.label}: the whole", "merge", [(node.label, node.facts)])
     return section if section.tables else None
 
@@ -51,6 +53,21 @@ def _add_cosines(section: Section, node: NodeView, names: list[str]) -> None:
         title = f"{node.label}: cosine between the parts' updates"
         section.figures.append((f"cosines-{node.label}", figures.heat_map(rows, names, names, title, middle=0)))
         section.tables.append(Table(title, ["part", *names], [[n, *r] for n, r in zip(names, rows, strict=True)]))
+
+
+def _add_spectrum(section: Section, node: NodeView) -> None:
+    """Adds how much of the merged update a cut to each rank would keep."""
+    spectrum = node.facts.get("spectrum")
+    shares = [share for x in (spectrum if isinstance(spectrum, list) else []) if (share := number(x)) is not None]
+    if len(shares) < 2:
+        return
+    kept = [min(1.0, total) for total in accumulate(shares)]
+    ranks = list(range(1, len(kept) + 1))
+    title = f"{node.label}: energy kept by rank"
+    drawn = {"share of the squared norm": (ranks, kept)}
+    section.figures.append((f"spectrum-{node.label}", figures.lines(drawn, title, "rank", "energy kept")))
+    shown = [rank for rank in ranks if rank & (rank - 1) == 0 or rank == len(ranks)]
+    section.tables.append(Table(title, ["rank", "energy kept"], [[rank, kept[rank - 1]] for rank in shown]))
 
 
 def certificate(run: RunView) -> Section | None:

@@ -170,3 +170,11 @@ def test_examples_mark_the_words_that_differ_from_the_reference(summary: dict[st
     wanted = f'<span class="same">{same}</span> <span class="absent">{absent}</span> <span class="added">{added}</span>'
     assert wanted in html
     assert "| merged | the licensee pays a fee |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_energy_kept_by_rank_adds_up_the_spectrum(summary: dict[str, Any], tmp_path: Path) -> None:
+    write_report(summary, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| 1 | 0.6 |" in text
+    assert "| 2 | 0.85 |" in text
+    assert "| 4 | 1 |" in text
