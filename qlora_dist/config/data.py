@@ -38,6 +38,14 @@ class Deduplicate(Enum):
     near = "near"
 
 
+class Pii(Enum):
+    """How personal data are found: not at all, by patterns with checksums, or by those and presidio."""
+
+    none = "none"
+    patterns = "patterns"
+    presidio = "presidio"
+
+
 class TrainOn(Enum):
     """Which tokens of a conversation are trained: the assistant's, or all."""
 
@@ -74,10 +82,15 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CleanConfig:
-    """What is done to a record's text, and between which bounds it is kept."""
+    """What is done to a record's text, and between which bounds it is kept.
+
+    `pii_language` and `pii_model` (a spaCy model) are presidio's.
+    """
 
     normalize: bool = True
-    scrub_pii: bool = False
+    pii: Pii = setting(Pii.none)
+    pii_language: str = "en"
+    pii_model: str = "en_core_web_lg"
     min_chars: int = setting(1, at_least=1)
     max_chars: int = setting(10_000_000, at_least=1)
     min_word_share: float = setting(0.0, at_least=0, at_most=1)

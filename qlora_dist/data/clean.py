@@ -7,9 +7,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 
-from qlora_dist.config.data import CleanConfig
+from qlora_dist.config.data import CleanConfig, Pii
 from qlora_dist.data.kinds import UnusableError
 from qlora_dist.data.pii import scrub
+from qlora_dist.data.presidio import presidio_scrubber
 from qlora_dist.data.record import Record
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ufffe\uffff]")
@@ -72,7 +73,11 @@ def _clean_text(text: str, config: CleanConfig, found: Counter[str] | None) -> s
         raise UnusableError("not Unicode", "a lone surrogate")
     if config.normalize:
         text = normalize(text)
-    return scrub(text, found) if config.scrub_pii else text
+    if config.pii is not Pii.none:
+        text = scrub(text, found)
+    if config.pii is Pii.presidio:
+        text = presidio_scrubber(config.pii_language, config.pii_model)(text, found)
+    return text
 
 
 def _check_bounds(text: str, config: CleanConfig) -> None:

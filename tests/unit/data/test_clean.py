@@ -1,16 +1,20 @@
 """Cleaning changes what it says it changes, and each drop has its reason."""
 
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_dist.config.data import CleanConfig
+from qlora_dist.config.data import CleanConfig, Pii
 from qlora_dist.data.clean import DroppedError, clean, normalize, passages, repeat_share, word_share
 from qlora_dist.data.kinds import UnusableError, make_record
 from qlora_dist.data.pii import scrub
+from qlora_dist.data.presidio import presidio_scrubber
+from qlora_dist.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -105,4 +109,24 @@ def test_scrubbing_ends_on_any_text_and_only_when_asked(text: str) -> None:
     scrub(text)
     record = make_record("mail a@b.example now")
     assert clean(record, CleanConfig()).text == "mail a@b.example now"
-    assert clean(record, CleanConfig(scrub_pii=True)).text == "mail <EMAIL> now"
+    assert clean(record, CleanConfig(pii=Pii.patterns)).text == "mail <EMAIL> now"
+
+
+def test_presidio_adds_what_patterns_do_not_know(tmp_path: Path) -> None:
+    pytest.importorskip("presidio_analyzer", reason="the extra `presidio` is not installed")
+    import spacy
+
+    spacy.blank("en").to_disk(tmp_path / "blank")  # no named entities, so only presidio's own patterns
+    config = CleanConfig(pii=Pii.presidio, pii_model=str(tmp_path / "blank"))
+    counts: Counter[str] = Counter()
+    record = clean(make_record("My SSN is 536-90-4399, mail a@b.example, see http://x.example"), config, counts)
+    assert record.text == "My SSN is <US_SSN>, mail <EMAIL>, see http://x.example"
+    assert counts == {"US_SSN": 1, "EMAIL": 1}
+    with pytest.raises(ConfigError, match="python -m spacy download no_such_model"):
+        presidio_scrubber("en", "no_such_model")
+
+
+def test_presidio_that_is_not_installed_is_named_with_its_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    with pytest.raises(ConfigError, match=r"qlora_dist\[presidio\]"):
+        clean(make_record("words"), CleanConfig(pii=Pii.presidio, pii_model="not asked before"))

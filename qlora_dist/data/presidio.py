@@ -1,0 +1,59 @@
+"""Personal data that needs more than patterns (names, places) are found by presidio, an optional extra."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from qlora_dist.errors import bad_value
+
+Scrubber = Callable[[str, Counter[str] | None], str]
+
+MIN_SCORE = 0.5
+KEPT = {"URL", "DATE_TIME", "NRP"}
+"""What presidio finds too, but belongs to nobody in particular."""
+
+
+@lru_cache(maxsize=4)
+def presidio_scrubber(language: str, model: str) -> Scrubber:
+    """Returns a function that replaces what presidio's analyzer finds by `<ENTITY>`.
+
+    Args:
+        language: of the texts, as presidio names it, e.g. `en`.
+        model: a spaCy pipeline with named entities: an installed package, or its folder.
+
+    Raises:
+        ConfigError: if the extra or the model isn't installed.
+    """
+    try:
+        from presidio_analyzer import AnalyzerEngine
+        from presidio_analyzer.nlp_engine import NlpEngineProvider
+        from spacy.util import is_package
+    except ImportError as error:
+        repair = "Install it with pip install 'qlora_dist[presidio]', or use clean.pii=patterns."
+        raise bad_value("clean.pii", "presidio", f"presidio-analyzer ({error})", repair) from error
+    if not is_package(model) and not Path(model).expanduser().exists():
+        repair = f"Install it with python -m spacy download {model}."
+        raise bad_value("clean.pii_model", model, "an installed spaCy model, or its folder", repair)
+    for name in ("presidio-analyzer", "tldextract"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a suffix list that it can't fetch, it has with it
+    told = {"nlp_engine_name": "spacy", "models": [{"lang_code": language, "model_name": model}]}
+    engine = NlpEngineProvider(nlp_configuration=told).create_engine()
+    analyzer = AnalyzerEngine(nlp_engine=engine, supported_languages=[language])
+
+    def scrub(text: str, counts: Counter[str] | None = None) -> str:
+        found = [r for r in analyzer.analyze(text, language, score_threshold=MIN_SCORE) if r.entity_type not in KEPT]
+        pieces, at = [], 0
+        for result in sorted(found, key=lambda r: (r.start, -r.end)):
+            if result.start < at or text[result.start - 1 : result.start] == "<":  # within one before, or a mark
+                continue
+            pieces += [text[at : result.start], f"<{result.entity_type}>"]
+            at = result.end
+            if counts is not None:
+                counts[result.entity_type] += 1
+        return "".join([*pieces, text[at:]])
+
+    return scrub
