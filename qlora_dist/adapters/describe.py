@@ -27,6 +27,7 @@ def describe(
     return {
         "parts": [_part(a, weights[a.label], float(norm)) for a, norm in zip(adapters, norms_P, strict=True)],
         "scale": scale,
+        "whole_layers_of": next((a.label for a in adapters if a.saved_modules), None),
         "cosines": _rounded(products_PP / torch.outer(norms_P, norms_P).clamp(min=1e-300)),
         "cross_energy": (whole - apart) / apart if apart else 0.0,
         "norm": sum(m.kept_energy for m in modules.values()) ** 0.5,

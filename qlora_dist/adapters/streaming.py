@@ -19,15 +19,14 @@ def merge_modules(adapters: Sequence[PeftFolder], rule: Rule, out: Path, workers
 
     Memory holds `workers` + 1 modules at a time, whatever the number of modules.
     """
-    saved = [(a, key) for a in adapters for key in a.saved_modules]
+    owner = next((a for a in adapters if a.saved_modules), None)
     progress = Progress(len(adapters[0].modules), "module")
     described = {}
-    with PeftWriter(out, adapters[0], [key for _, key in saved]) as writer:
+    with PeftWriter(out, adapters[0], owner) as writer:
         for module, (factors, described[module]) in _in_order(adapters, rule, workers or os.cpu_count() or 1):
             writer.add(module, factors)
             progress.update(len(described))
-        for adapter, key in saved:
-            writer.add_saved(key, adapter.file.read(key))
+        writer.add_saved()
     return described
 
 

@@ -45,11 +45,10 @@ def remove_part(merged: Path, label: str, out: Path) -> Facts:
     weights = [part["weight"] for part in facts["parts"]]
     factor = 1.0 if facts["weights"] == "given" else 1 / (1 - weights[index])
     with PeftFolder(merged) as whole:
-        with PeftWriter(out, whole, whole.saved_modules) as writer:
+        with PeftWriter(out, whole) as writer:
             for module in whole.modules:
                 writer.add(module, _without(whole.factors(module), facts["modules"][module]["ranks"], index, factor))
-            for key in whole.saved_modules:
-                writer.add_saved(key, whole.file.read(key))
+            writer.add_saved()
         _write_provenance(whole, facts["parts"][index], out)
     left = _facts_without(facts, index, factor)
     write_json(out / MERGE_FILE, left)
@@ -63,6 +62,8 @@ def _index(facts: Facts, label: str, merged: Path) -> int:
         raise ModelError(f"{merged}: method {facts['method']} mixes its parts, so none can be taken out. {repair}")
     if label not in labels:
         raise ModelError(f"{merged}: has no part {label}. {nearest(label, labels)}")
+    if facts["whole_layers_of"] == label:
+        raise ModelError(f"{merged}: {label} brought whole layers (modules_to_save). Merge the other adapters again.")
     if len(labels) == 1:
         raise ModelError(f"{merged}: {label} is its only part: nothing would be left.")
     return labels.index(label)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -174,13 +174,15 @@ def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any)
 class PeftWriter:
     """Writes a plain LoRA folder module by module: `lora_alpha` = r, no rsLoRA, so that ΔW is B A as stored.
 
-    `template` lends the module names and what else its config says of the base.
+    `template` lends the module names and what else its config says of the base; `owner` is the adapter that brings
+    whole layers, if one does.
     """
 
-    def __init__(self, out: Path, template: PeftFolder, extra: Iterable[str] = ()) -> None:
+    def __init__(self, out: Path, template: PeftFolder, owner: PeftFolder | None = None) -> None:
         self.out, self._template, self._ranks = out, template, dict.fromkeys(template.modules, 0)
+        self._owner = owner or template
         names = [key for module in template.modules for key in template.keys(module)]
-        self._file = TensorWriter(out / WEIGHTS_FILE, [*names, *extra])
+        self._file = TensorWriter(out / WEIGHTS_FILE, [*names, *self._owner.saved_modules])
 
     def add(self, module: str, factors: Factors, dtype: torch.dtype = torch.float32) -> None:
         """Appends one module's factors."""
@@ -188,9 +190,10 @@ class PeftWriter:
             self._file.add(key, values.to(dtype))
         self._ranks[module] = factors.rank
 
-    def add_saved(self, key: str, values: torch.Tensor) -> None:
-        """Appends a whole tensor of the base that an adapter brings along (`modules_to_save`)."""
-        self._file.add(key, values)
+    def add_saved(self) -> None:
+        """Appends the whole layers that the owner brings along (`modules_to_save`)."""
+        for key in self._owner.saved_modules:
+            self._file.add(key, self._owner.file.read(key))
 
     def __enter__(self) -> PeftWriter:
         self._file.__enter__()
@@ -208,4 +211,5 @@ class PeftWriter:
         other = {module: r for module, r in self._ranks.items() if r != rank}
         plain = {"r": rank, "lora_alpha": rank, "rank_pattern": other, "alpha_pattern": other}
         rest = {"use_rslora": False, "init_lora_weights": True, "inference_mode": True, "lora_dropout": 0.0}
-        return {**self._template.config, **plain, **rest}
+        saved = {"modules_to_save": self._owner.config.get("modules_to_save")}
+        return {**self._template.config, **plain, **rest, **saved}

@@ -84,11 +84,14 @@ def test_the_joint_provenance_counts_all_tokens(make_adapter, tmp_path):
     assert read_provenance(tmp_path / "out").trained_tokens == 12
 
 
-def test_a_layer_that_one_adapter_brings_whole_is_carried_over(make_adapter, tmp_path):
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_layer_that_one_adapter_brings_whole_is_carried_over(make_adapter, tmp_path, order):
     head = {"base_model.model.lm_head.weight": torch.arange(6.0).reshape(2, 3)}
     folders = {"a": make_adapter("a", extra=head, modules_to_save=["lm_head"]), "b": make_adapter("b", seed=1)}
+    folders = {label: folders[label] for label in order}
     (tmp_path / "out").mkdir()
     merge_adapters(MergedConfig(merge=MergeConfig(weights=MergeWeights.uniform)), folders, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("base_model.model.lm_head.weight"), head["base_model.model.lm_head.weight"])
 

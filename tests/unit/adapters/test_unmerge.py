@@ -75,3 +75,14 @@ def test_what_can_not_be_taken_out_is_refused(folders, tmp_path, capsys):
     assert not (tmp_path / "left").exists()
     assert main([str(exact), "--part", "a", "--out", str(tmp_path / "left")]) == 0
     assert "b, c; without a" in capsys.readouterr().out
+
+
+def test_the_owner_of_whole_layers_can_not_be_taken_out(folders, make_adapter, tmp_path):
+    head = {"base_model.model.lm_head.weight": torch.zeros(2, 3)}
+    owner = make_adapter("owner", extra=head, modules_to_save=["lm_head"], known=provenance())
+    merged = merge(folders | {"owner": owner}, tmp_path / "merged")
+    (tmp_path / "left").mkdir()
+    with pytest.raises(ModelError, match="owner brought whole layers"):
+        remove_part(merged, "owner", tmp_path / "left")
+    remove_part(merged, "a", tmp_path / "left")
+    assert "lm_head" in (tmp_path / "left" / "adapter_config.json").read_text()
