@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qlora_dist.errors import TrainError
 from qlora_dist.runtime import log
 from qlora_dist.train.lanes import Lane
 
@@ -113,9 +114,15 @@ def lane_state(lanes: list[Lane]) -> dict[str, torch.Tensor]:
 
 
 def restore(lanes: list[Lane], tensors: dict[str, torch.Tensor]) -> None:
-    """Copies a checkpoint's tensors into the lanes, all of them by name."""
+    """Copies a checkpoint's tensors into the lanes, all of them by name.
+
+    Raises:
+        TrainError: if it holds other tensors than the lanes, optimizer state included.
+    """
     live = lane_state(lanes)
-    assert live.keys() == tensors.keys(), sorted(live.keys() ^ tensors.keys())[:3]
+    if different := sorted(live.keys() ^ tensors.keys()):
+        repair = "It is of another version: remove its folder to begin anew"
+        raise TrainError(f"The checkpoint and the lanes differ in {len(different)} tensors ({different[0]}). {repair}.")
     for name, value in live.items():
         value.copy_(tensors[name])
 

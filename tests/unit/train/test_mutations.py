@@ -1,0 +1,338 @@
+"""Faults of this field, injected one by one: each is caught by a check that names it, and good runs raise none.
+
+The number in each case's name is the failure's row in the field's list (docs/failures.md says what each one is).
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_dist.config.model import ModelConfig, Quantization
+from qlora_dist.config.train import StrategyConfig, StrategyName, TrainConfig, check_step, check_supported
+from qlora_dist.data.rows import Rows
+from qlora_dist.errors import QloraDistError
+from qlora_dist.model.adapter import Provenance, check_adapter, write_provenance
+from qlora_dist.model.base import describe_base, model_folder
+from qlora_dist.testing import save_rows, save_tiny_model
+from qlora_dist.train import adapter_file, checks, engine, loss, step
+from qlora_dist.train.adapter_file import check_saved, save_lane
+from qlora_dist.train.batches import open_rows
+from qlora_dist.train.checkpoint import Checkpoints, lane_state, restore
+from qlora_dist.train.engine import Engine
+from qlora_dist.train.loop import Loop
+from qlora_dist.train.strategies.ddp import ReplicatedBase
+
+FAULTS = {}
+
+
+def fault(number, caught_by):
+    def note(function):
+        FAULTS[f"{number:02d}-{function.__name__}"] = (function, caught_by)
+        return function
+
+    return note
+
+
+class Bench:
+    """What a fault may touch: builders of lanes and engines, and pytest's own tools."""
+
+    def __init__(self, make_lane, make_engine, base, monkeypatch, tmp_path):
+        self.lane, self.engine, self.base = make_lane, make_engine, base
+        self.patch, self.path = monkeypatch, tmp_path
+
+    def train(self, lane, engine=None, **options):
+        engine = engine or self.engine(lane, **options)
+        engine.examine()
+        before = checks.base_fingerprint(engine.stepper.model)
+        Loop(engine.stepper, Checkpoints(self.path / "c", {}), engine.certificate, 600).run(self.path / "metrics.jsonl")
+        engine.check_unchanged(before)
+        return engine
+
+    def edited_rows(self, name="rows", **arrays):
+        folder = save_rows(self.path / name, 16)
+        for file, edit in arrays.items():
+            np.save(folder / f"{file}.npy", edit(np.load(folder / f"{file}.npy")))
+        return folder
+
+
+@pytest.fixture
+def bench(make_lane, make_engine, base, monkeypatch, tmp_path):
+    return Bench(make_lane, make_engine, base, monkeypatch, tmp_path)
+
+
+@fault(1, "each rank holds its part of the base")
+def base_left_whole_on_every_rank(bench):
+    class Unsharded(ReplicatedBase):
+        def __init__(self):
+            super().__init__()
+            self.num_parts = 2
+
+    lane = bench.lane()
+    whole = bench.engine(lane)
+    Engine(dataclasses.replace(whole.stepper, strategy=Unsharded()), whole.whole_bytes).examine()
+
+
+@fault(1, "one dtype for the base")
+def four_bits_stored_as_uint8(bench):
+    from qlora_dist.model import base as base_module
+    from qlora_dist.model.quantize import bits_and_bytes
+
+    def as_uint8(model):
+        config = bits_and_bytes(model)
+        config.bnb_4bit_quant_storage = torch.uint8
+        return config
+
+    bench.patch.setattr("qlora_dist.model.quantize.bits_and_bytes", as_uint8)
+    bench.patch.setattr(engine, "is_stored", lambda *_: False)
+    assert base_module.load_model
+    bench.engine(bench.lane())
+
+
+@fault(2, "one dtype for the base")
+def norms_upcast_as_by_kbit_preparation(bench):
+    def upcast(base, model):
+        loaded = plain(base, model)
+        for name, parameter in loaded.named_parameters():
+            if "norm" in name:
+                parameter.data = parameter.data.double()
+        return loaded
+
+    plain = engine.load_model
+    bench.patch.setattr(engine, "is_stored", lambda *_: False)
+    bench.patch.setattr(engine, "load_model", upcast)
+    bench.engine(bench.lane())
+
+
+@fault(2, "float32 for adapters")
+def adapters_in_half_precision(bench):
+    lane = bench.lane()
+    built = bench.engine(lane)
+    for parameter in lane.parameters.values():
+        parameter.data = parameter.data.bfloat16()
+    built.place(ModelConfig(quantization=Quantization.nf4, compute_dtype=engine_dtype()))
+
+
+def engine_dtype():
+    from qlora_dist.config.model import Dtype
+
+    return Dtype.float32
+
+
+@fault(6, "the base is stored as asked")
+def quantization_asked_for_and_not_done(bench):
+    plain = engine.load_model
+    bench.patch.setattr(engine, "is_stored", lambda *_: False)
+    bench.patch.setattr(engine, "load_model", lambda base, model: plain(base, model, quantized=False))
+    bench.engine(bench.lane())
+
+
+@fault(6, r"train.method=full: expected lora")
+def combination_that_no_strategy_does(bench):
+    from qlora_dist.config.train import Method
+
+    check_supported(TrainConfig(method=Method.full), StrategyConfig(name=StrategyName.fsdp, world_size=2))
+
+
+@fault(3, "trained on .*, not on")
+def adapter_on_another_base(bench):
+    folder = save_tiny_model(bench.path / "other", seed=5)
+    lane = bench.lane()
+    bench.engine(lane)
+    save_lane(lane, bench.path, bench.base)
+    write_provenance(bench.path, Provenance("x", "", bench.base.digest, "t", "nf4", "float32", 1))
+    check_adapter(bench.path, describe_base(folder, str(folder), ""))
+
+
+@fault(5, "the saved adapter is the trained one")
+def empty_adapter_saved(bench):
+    lane = bench.lane()
+    built = bench.engine(lane)
+    bench.patch.setattr(type(lane), "state", lambda self: {})
+    save_lane(lane, bench.path, bench.base)
+    bench.patch.undo()
+    check_saved(built.certificate, lane, bench.path)
+
+
+@fault(5, "the saved adapter is the trained one")
+def adapter_saved_with_less_precision(bench):
+    lane = bench.lane()
+    built = bench.train(lane)
+    save_lane(lane, bench.path, bench.base)
+    file = bench.path / "adapter_model.safetensors"
+    save_file({n: v.bfloat16() for n, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    check_saved(built.certificate, lane, bench.path)
+
+
+@fault(7, "differ in .* tensors")
+def optimizer_state_lost_in_the_checkpoint(bench):
+    lane = bench.lane()
+    bench.engine(lane)
+    restore([lane], {n: v for n, v in lane_state([lane]).items() if "#" not in n})
+
+
+@fault(10, "train.tokens_per_step=.*: expected a multiple")
+def step_that_the_ranks_cannot_divide(bench):
+    check_step(TrainConfig(tokens_per_step=4096, micro_batch_tokens=2048), world_size=3)
+
+
+@fault(12, "no token is trained")
+def all_labels_masked(bench):
+    open_rows(bench.edited_rows(trained=np.zeros_like), bench.base, 32)
+
+
+@fault(12, "step 1 has no trained token")
+def one_step_without_a_target(bench):
+    def first_rows_masked(trained):
+        lane = bench.lane(rows=Rows.open(save_rows(bench.path / "plain", 16)))
+        trained[lane.budget.rows_of_step(0)] = False
+        return trained
+
+    bench.train(bench.lane(rows=Rows.open(bench.edited_rows(trained=first_rows_masked))))
+
+
+@fault(14, "the end token is trained")
+def end_token_masked_as_if_it_were_padding(bench):
+    folder = save_rows(bench.path / "rows", 16)
+    tokens, trained = np.load(folder / "tokens.npy"), np.load(folder / "trained.npy")
+    np.save(folder / "trained.npy", trained & (tokens != 257))
+    bench.engine(bench.lane(rows=Rows.open(folder))).examine()
+
+
+@fault(16, "no attention between segments")
+def packed_segments_that_see_each_other(bench):
+    def leaking(rows, indices):
+        batch = plain(rows, indices)
+        batch["position_ids"] = torch.arange(rows.row_tokens).repeat(len(indices), 1)
+        return batch
+
+    plain = checks.tensors
+    bench.patch.setattr(checks, "tensors", leaking)
+    bench.engine(bench.lane()).examine()
+
+
+@fault(17, "every tensor learns")
+def gradient_cut_off_between_layers(bench):
+    lane = bench.lane()
+    built = bench.engine(lane)
+    first = built.stepper.model.model.model.layers[0]
+    first.register_forward_hook(lambda _module, _inputs, hidden: hidden.detach())
+    bench.train(lane, built)
+
+
+@fault(17, "every tensor learns")
+def one_adapter_tensor_frozen(bench):
+    lane = bench.lane()
+    built = bench.engine(lane)
+    next(p for n, p in lane.parameters.items() if "lora_B" in n).requires_grad_(False)
+    bench.train(lane, built)
+
+
+@fault(17, "every tensor learns")
+def optimizer_of_other_tensors(bench):
+    lane = bench.lane()
+    built = bench.engine(lane)
+    lane.optimizer.param_groups[0]["params"] = [p.clone() for p in lane.parameters.values()]
+    bench.train(lane, built)
+
+
+@fault(11, "the loss is the model's own")
+def loss_shifted_by_one_slot(bench):
+    plain = loss.chunked_nll
+    bench.patch.setattr(loss, "chunked_nll", lambda hidden, head, targets: plain(hidden, head, targets.roll(1)))
+    bench.engine(bench.lane()).examine()
+
+
+@fault(11, "the loss is the model's own")
+def architecture_that_scales_its_logits(bench):
+    lane = bench.lane()
+    built = bench.engine(lane)
+    head = built.stepper.model.model.lm_head
+    head.register_forward_hook(lambda _module, _inputs, logits: logits * 0.5)
+    built.examine()
+
+
+@fault(11, "all ranks hold the same adapter")
+def ranks_that_took_different_steps(bench):
+    lane = bench.lane()
+    built = bench.train(lane)
+    bench.patch.setattr(
+        built.stepper.strategy, "broadcast", lambda values: [v.add_(1e-3) for v in values], raising=False
+    )
+    built.check_unchanged(checks.base_fingerprint(built.stepper.model))
+
+
+@fault(13, "the base is unchanged")
+def base_written_to_while_training(bench):
+    plain = step.update
+
+    def careless(lane, *args):
+        next(p for p in built.stepper.model.parameters() if not p.requires_grad).data.view(-1)[0] += 1
+        return plain(lane, *args)
+
+    lane = bench.lane()
+    built = bench.engine(lane)
+    bench.patch.setattr(step, "update", careless)
+    bench.train(lane, built)
+
+
+@fault(26, r"Step 1: loss is (nan|inf)")
+def loss_that_is_not_finite(bench):
+    lane = bench.lane()
+    built = bench.engine(lane)
+    plain = type(built.stepper).accumulate
+    bench.patch.setattr(type(built.stepper), "accumulate", lambda self, *args: plain(self, *args) * torch.nan)
+    bench.train(lane, built)
+
+
+@fault(26, "model.revision=.*40 hexadecimal digits")
+def base_revision_not_pinned(bench):
+    model_folder("owner/model", "main")
+
+
+@fault(10, "rows hold 32 tokens")
+def rows_of_another_length(bench):
+    open_rows(save_rows(bench.path / "rows"), bench.base, 64)
+
+
+@fault(15, "own tokenizer")
+def rows_of_another_tokenizer(bench):
+    open_rows(save_rows(bench.path / "rows", vocab_size=50_000), bench.base, 32)
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_fault_is_caught_by_name(name, bench):
+    inject, caught_by = FAULTS[name]
+    with pytest.raises(QloraDistError, match=caught_by):
+        inject(bench)
+
+
+def test_checkpoint_that_is_torn_or_foreign_is_named(bench, caplog):
+    lane = bench.lane()
+    bench.engine(lane)
+    kept = Checkpoints(bench.path / "c", {"seed": 1})
+    kept.save(1, lane_state([lane]))
+    kept.save(2, lane_state([lane]))
+    torn = bench.path / "c" / "step-00000002" / "state.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert kept.latest().step == 1
+    assert "step-00000002 is torn" in caplog.text
+    assert Checkpoints(bench.path / "c", {"seed": 2}).latest() is None
+    assert "of another recipe" in caplog.text
+
+
+@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.parametrize("recompute", [False, True])
+def test_good_runs_raise_no_alarm(bench, quantization, recompute):
+    lane = bench.lane(lora={"lora_dropout": 0.1, "use_rslora": True}, activation_checkpointing=recompute)
+    built = bench.train(lane, quantization=quantization)
+    save_lane(lane, bench.path, bench.base)
+    check_saved(built.certificate, lane, bench.path)
+    table = built.certificate.table()
+    assert all(row["passed"] for row in table)
+    assert len(table) >= 10
+    assert json.dumps(table)
+    assert adapter_file.ADAPTER_FILES
