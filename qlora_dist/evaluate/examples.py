@@ -11,6 +11,7 @@ from qlora_dist.evaluate.answers import read_answers
 
 MAX_EXAMPLES = 5
 MAX_CHARS = 600
+MIN_SHARED = 0.3
 
 
 class Marked(str):
@@ -41,10 +42,13 @@ def collect_examples(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def mark(answer: str, reference: str) -> Marked:
-    """Returns the answer with its words compared to the reference's."""
+    """Returns the answer with its words compared to the reference's; where little is shared, nothing is marked."""
     ours, theirs = answer.split(), reference.split()
+    matcher = SequenceMatcher(a=theirs, b=ours, autojunk=False)
+    if matcher.ratio() < MIN_SHARED:
+        return Marked(answer, [("same", answer or "(nothing)")])
     parts: list[tuple[str, str]] = []
-    for kind, a, b, c, d in SequenceMatcher(a=theirs, b=ours, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in matcher.get_opcodes():
         if kind in {"delete", "replace"}:
             parts.append(("absent", " ".join(theirs[a:b])))
         if kind in {"insert", "replace"}:

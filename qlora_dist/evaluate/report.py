@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.evaluate.page import shown
-from qlora_dist.evaluate.scored_sections import FIRST_METRICS, metric_name
+from qlora_dist.evaluate.scored_sections import ON_TERMINAL, metric_name
 from qlora_dist.evaluate.sections import report_sections
 from qlora_dist.evaluate.summary import number, view
 
@@ -40,7 +40,7 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     """Returns the scores for a terminal: a row a model, a column for each held-out set and measure."""
     from rich.table import Table
 
-    rows = [r for r in view(summary).scores if r["metric"] in FIRST_METRICS]
+    rows = [r for r in view(summary).scores if r["metric"] in ON_TERMINAL]
     columns = list(dict.fromkeys((r["metric"], r["domain"]) for r in rows))
     value = {(r["model"], r["metric"], r["domain"]): r for r in rows}
     table = Table(title="Scores on held-out text", title_justify="left")

@@ -10,7 +10,9 @@ from qlora_dist.evaluate.page import Section, Table
 from qlora_dist.evaluate.summary import Row, RunView, mapping, text
 
 FIRST_METRICS = ("bits_per_byte", "completion_loss", "exact_match", "schema_valid")
-"""Those that have a chart of their own, and that fit a terminal."""
+"""Those that have a chart of their own."""
+
+ON_TERMINAL = ("bits_per_byte", "exact_match", "schema_valid")
 
 METRIC_NAMES = {
     "bits_per_byte": "bits per byte (lower is better)",
@@ -45,8 +47,9 @@ def scores(run: RunView) -> Section | None:
 
 
 def further(run: RunView) -> Section | None:
-    """Shows every other measure as a table."""
+    """Shows every other measure, and its differences from the base, as tables."""
     tables = [_score_table(metric, chosen) for metric, chosen in _by_metric(run, of_first=False)]
+    tables += _difference_tables(run, of_first=False)
     return Section("Further measures", tables=tables, folded=True) if tables else None
 
 
@@ -66,6 +69,16 @@ def _score_table(metric: str, rows: list[Row]) -> Table:
     return Table(metric_name(metric), columns, [[r.get(c) for c in columns] for r in rows])
 
 
+def _difference_tables(run: RunView, *, of_first: bool) -> list[Table]:
+    columns = ["model", "domain", "difference", "low", "high", "p_holm", "minimal_detectable", "num_documents"]
+    tables = []
+    for metric in dict.fromkeys(r["metric"] for r in run.comparisons):
+        if (metric in FIRST_METRICS) is of_first:
+            rows = [[r.get(c) for c in columns] for r in run.comparisons if r["metric"] == metric]
+            tables.append(Table(f"Difference in {metric_name(metric)}", columns, rows))
+    return tables
+
+
 def matrix(run: RunView) -> Section | None:
     """Shows how every adapter and merge does on every domain: what transfers, what interferes, what is forgotten."""
     rows = [r for r in run.comparisons if r["metric"] == "bits_per_byte"]
@@ -77,10 +90,7 @@ def matrix(run: RunView) -> Section | None:
     title = "Bits per byte minus the base's (negative is better)"
     section = Section("Against the base", COMPARED)
     section.figures.append(("matrix", figures.heat_map(grid, domains, models, title, middle=0)))
-    columns = ["model", "domain", "difference", "low", "high", "p_holm", "minimal_detectable", "num_documents"]
-    for metric in dict.fromkeys(r["metric"] for r in run.comparisons):
-        chosen = [[r.get(c) for c in columns] for r in run.comparisons if r["metric"] == metric]
-        section.tables.append(Table(f"Difference in {metric_name(metric)}", columns, chosen))
+    section.tables += _difference_tables(run, of_first=True)
     return section
 
 

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 MIN_CLUSTERS = 10
 """With fewer, intervals of yes-or-no measures hold the truth less often than they say, so none is given."""
 
+MIN_EFFECTIVE_CLUSTERS = 5
+"""(Σb)² / Σb² over the clusters' denominators (Kish): below it a few long documents decide, and coverage is lost."""
+
 NUM_RESAMPLES = 2000
 
 POWER_FACTOR = 1.959964 + 0.841621
@@ -60,7 +63,8 @@ def estimate_ratio(
     """
     top_C, bottom_C = _by_cluster(tops, bottoms, clusters)
     value, error = _ratio(np.ones((1, len(top_C))), top_C, bottom_C)
-    if len(top_C) < MIN_CLUSTERS or not error[0] > 0:
+    effective = bottom_C.sum() ** 2 / max(float((bottom_C**2).sum()), np.finfo(np.float64).tiny)
+    if len(top_C) < MIN_CLUSTERS or effective < MIN_EFFECTIVE_CLUSTERS or not error[0] > 0:
         return Estimate(float(value[0]))
     ratio_S, error_S = _ratio(_resample(len(top_C), seed), top_C, bottom_C)
     valid_S = error_S > 0

@@ -48,9 +48,11 @@ def test_copies_of_documents_in_a_cluster_add_no_certainty() -> None:
     assert naive.low > once.low
 
 
-def test_too_few_clusters_and_equal_documents_have_no_interval() -> None:
+def test_too_few_or_too_uneven_clusters_and_equal_documents_have_no_interval() -> None:
     few = MIN_CLUSTERS - 1
     assert estimate_ratio(np.arange(few) + 1.0, np.ones(few), np.arange(few)).low is None
+    one_rules = np.array([1e6] + [1.0] * 30)
+    assert estimate_ratio(2 * one_rules + np.arange(31), one_rules, np.arange(31)).low is None
     same = estimate_ratio(np.full(50, 0.3), np.ones(50), np.arange(50))
     assert (same.value, same.low) == (pytest.approx(0.3), None)
 
