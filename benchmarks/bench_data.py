@@ -200,13 +200,14 @@ processes (VmHWM); seconds are wall time, start of processes included.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="4 and 20 MB, nothing written")
+    parser.add_argument("--mb", type=int, nargs="+", default=[100, 1000], help="sizes in MB (100 1000)")
     parser.add_argument("--node", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.node:
         run_node(json.loads(told.node))
         return
     found = []
-    for num_bytes in (4_000_000, 20_000_000) if told.small else (100_000_000, 1_000_000_000):
+    for num_bytes in (1_000_000 * mb for mb in ([4, 20] if told.small else told.mb)):
         folder = Path(tempfile.mkdtemp(prefix="bench_data_"))
         try:
             write_tokenizer(folder / "tokenizer")

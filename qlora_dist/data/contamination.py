@@ -5,6 +5,7 @@ G runs of a batch, U held-out texts.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ RUN_WORDS = 13
 """As in the GPT-3 paper (Brown et al. 2020, appendix C)."""
 
 MAX_RUNS = 2**22
-MAX_OWNERS = 32
-"""A run in more held-out texts than this is boilerplate, and tells nothing."""
+LEAST_KEPT = 32
+MAX_OWNERS = 10
+"""A run in more held-out texts than this is boilerplate, and tells nothing (the GPT-3 paper has 10, too)."""
 
 FLOOR = 0.25
 """Less than this share of a held-out text is no match."""
@@ -33,35 +35,37 @@ class Match:
 
 
 class HeldOutRuns:
-    """The runs of words of all held-out prompts and answers, at most `MAX_RUNS` in memory.
+    """The runs of words of all held-out prompts and answers, about `MAX_RUNS` in memory.
 
-    Of more, those with the smallest hashes are kept, on both sides: the shares stay unbiased (FracMinHash, Irber et
-    al. 2022).
+    Where there are more, each text keeps as many of its own as there is room for, those with the smallest hashes (a
+    bottom-k sketch, Cohen and Kaplan 2007): short texts are still compared whole, shares of long ones are estimates.
     """
 
     def __init__(self, run_words: int = RUN_WORDS, max_runs: int = MAX_RUNS) -> None:
         self.run_words, self._max = run_words, max_runs
         self._runs: list[np.ndarray] = []
         self._owners: list[str] = []
-        self._num, self._highest = 0, np.uint64(2**64 - 1)
+        self._sizes = array("q")
+        self._num, self._kept = 0, 2**12
 
     def add(self, owner: str, texts: Sequence[str]) -> None:
         """Adds texts of a held-out record; those shorter than a run are left to exact matching."""
         runs, text = WordHashes(texts).runs(self.run_words)
         for number in range(len(texts)):
-            kept = np.unique(runs[(text == number) & (runs <= self._highest)])
-            if len(kept):
-                self._runs.append(kept)
+            own = np.unique(runs[text == number])
+            if len(own):
+                self._runs.append(own[: self._kept].copy())
                 self._owners.append(owner)
-                self._num += len(kept)
-        while self._num > self._max:
-            self._highest //= np.uint64(2)
-            self._runs = [kept[kept <= self._highest] for kept in self._runs]
+                self._sizes.append(len(own))
+                self._num += len(self._runs[-1])
+        while self._num > self._max and self._kept > LEAST_KEPT:
+            self._kept //= 2
+            self._runs = [own[: self._kept].copy() for own in self._runs]
             self._num = sum(map(len, self._runs))
 
     def finish(self) -> None:
         """Sorts what was added; then `matches` may be asked."""
-        self._size_U = np.array([len(kept) for kept in self._runs], dtype=np.int64)
+        self._size_U = np.array([len(own) for own in self._runs], dtype=np.int64)
         runs = np.concatenate([np.zeros(0, dtype=np.uint64), *self._runs])
         order = np.argsort(runs, kind="stable")
         runs, units = runs[order], np.repeat(np.arange(len(self._size_U)), self._size_U)[order]
@@ -76,14 +80,15 @@ class HeldOutRuns:
         owner_N = np.repeat(np.arange(len(records)), [len(texts) for texts in records])
         run_G, text_G = WordHashes([text for texts in records for text in texts]).runs(self.run_words)
         owner_G = owner_N[text_G]
-        maybe = np.flatnonzero((run_G <= self._highest) & self._filter[self._address(run_G)])
+        maybe = np.flatnonzero(self._filter[self._address(run_G)])
         record, unit, shared = self._shared(owner_G[maybe], run_G[maybe])
         contained = shared / self._size_U[unit] if len(unit) else np.zeros(0)
         found: list[Match | None] = [None] * len(records)
         for i in np.lexsort((-unit, contained)):
             if contained[i] >= FLOOR:
-                size = len(np.unique(run_G[(owner_G == record[i]) & (run_G <= self._highest)]))
-                jaccard = float(shared[i] / (self._size_U[unit[i]] + size - shared[i]))
+                size, held_out_size = len(np.unique(run_G[owner_G == record[i]])), self._sizes[int(unit[i])]
+                both = contained[i] * held_out_size
+                jaccard = min(1.0, float(both / max(1, held_out_size + size - both)))
                 found[int(record[i])] = Match(self._owners[int(unit[i])], float(contained[i]), jaccard)
         return found
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.config.data import CleanConfig, Deduplicate, SplitConfig
+from qlora_dist.data.contamination import HeldOutRuns
 from qlora_dist.data.integrity import check_splits
 from qlora_dist.errors import DataError
 
@@ -175,3 +176,23 @@ def test_the_check_of_its_own_sees_what_crosses_a_split(corpus: Make, fault: str
         train.write(json.dumps(stray) + "\n")
     with pytest.raises(DataError, match="Split integrity"):
         check_splits(folder, 0.8)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=20)
+def test_shares_of_held_out_texts_are_right_when_only_some_of_their_runs_fit(seed: int) -> None:
+    runs = HeldOutRuns(run_words=3, max_runs=500)
+    for i in range(20):
+        runs.add(f"held {i}", [sentence(seed + i, 400)])
+    runs.add("short", ["one two three four five"])
+    runs.finish()
+    words = sentence(seed + 3, 400).split()
+    half, whole = " ".join(words[:200]), " ".join(words)
+    [found, all_of_it, short, none] = runs.matches(
+        [[half], [whole], ["six one two three four five"], ["something else"]]
+    )
+    assert (found.held_out, all_of_it.held_out, short.held_out) == ("held 3", "held 3", "short")
+    assert found.contained == pytest.approx(0.5, abs=0.35)
+    assert (all_of_it.contained, all_of_it.jaccard) == (1, 1)
+    assert (short.contained, none) == (1, None)
+    assert short.jaccard == pytest.approx(3 / 4)
