@@ -67,23 +67,24 @@ def score(
     return {(r["domain"], r["metric"]): r["value"] for r in facts["scores"]}
 
 
+@pytest.fixture(scope="module")
+def values(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], float]]:
+    """The scores of the base, and of the base with the adapter."""
+    out = tmp_path_factory.mktemp("scores")
+    return [score(inputs, out, ["local_texts"], adapted=adapted) for adapted in (False, True)]
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_bits_per_byte_equal_those_of_lm_eval_to_four_places(
-    inputs: dict[str, Path], tmp_path: Path, adapted: bool
+    values: list[dict[tuple[str, str], float]], adapted: bool
 ) -> None:
-    value = score(inputs, tmp_path, ["local_texts"], adapted=adapted)
+    value = values[adapted]
     assert value["legal", "bits_per_byte"] == pytest.approx(value["local_texts", "bits_per_byte"], abs=1e-4)
     assert value["local_texts", "byte_perplexity"] == pytest.approx(2 ** value["legal", "bits_per_byte"], rel=1e-3)
 
 
-def test_adapter_is_what_the_harness_measures(inputs: dict[str, Path], tmp_path: Path) -> None:
-    values = []
-    for adapted in (False, True):
-        (tmp_path / str(adapted)).mkdir()
-        values.append(
-            score(inputs, tmp_path / str(adapted), ["local_texts"], adapted=adapted)["local_texts", "bits_per_byte"]
-        )
-    assert abs(values[0] - values[1]) > 0.01
+def test_adapter_is_what_the_harness_measures(values: list[dict[tuple[str, str], float]]) -> None:
+    assert abs(values[0]["local_texts", "bits_per_byte"] - values[1]["local_texts", "bits_per_byte"]) > 0.01
 
 
 def test_unknown_task_is_refused_with_the_nearest_name(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given as drawn
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from qlora_dist.evaluate.statistics import MIN_CLUSTERS, estimate_ratio, holm
@@ -29,12 +30,15 @@ def sample(kind: str, num_clusters: int, rng: np.random.Generator) -> tuple[np.n
 @pytest.mark.parametrize("kind", ["bits", "difference", "match"])
 @pytest.mark.parametrize("num_clusters", [15, 40])
 def test_interval_of_95_percent_holds_the_truth_in_93_to_97_percent(kind: str, num_clusters: int) -> None:
-    rng, hits, trials = np.random.default_rng(7), 0, 2000
+    rng, hits, given, trials = np.random.default_rng(7), 0, 0, 1500
     for trial in range(trials):
         tops, bottoms, clusters, truth = sample(kind, num_clusters, rng)
         found = estimate_ratio(tops, bottoms, clusters, seed=trial)
-        hits += found.low is not None and found.high is not None and found.low <= truth <= found.high
-    assert 0.93 <= hits / trials <= 0.97
+        if found.low is not None and found.high is not None:
+            given += 1
+            hits += found.low <= truth <= found.high
+    assert given >= 0.9 * trials
+    assert 0.93 <= hits / given <= 0.97
 
 
 def test_copies_of_documents_in_a_cluster_add_no_certainty() -> None:
@@ -57,7 +61,7 @@ def test_too_few_or_too_uneven_clusters_and_equal_documents_have_no_interval() -
     assert (same.value, same.low) == (pytest.approx(0.3), None)
 
 
-@given(scale=st.floats(0.01, 1e6), shift=st.floats(-100, 100), seed=st.integers(0, 99))
+@drawn(scale=st.floats(0.01, 1e6), shift=st.floats(-100, 100), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_interval_moves_with_units_and_offset(scale: float, shift: float, seed: int) -> None:
     tops, bottoms, clusters, _ = sample("bits", 20, np.random.default_rng(seed))
