@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -136,11 +137,29 @@ class _Slot:
     entry: Entry
     target: int
 
-    def write(self, values: torch.Tensor, first_row: int) -> None:
-        data = values.to(self.entry.dtype).contiguous()
+    def write(self, values: torch.Tensor, first_row: int) -> torch.Tensor:
+        num_bytes = values.numel() * self.entry.dtype.itemsize
+        data = _scratch.take("stored", num_bytes, torch.uint8).view(self.entry.dtype).view(values.shape).copy_(values)
         num_rows = self.entry.shape[0] if self.entry.shape else 1
         start = self.entry.start + first_row * (self.entry.num_bytes // max(num_rows, 1))
         write_bytes(self.target, data.reshape(-1).view(torch.uint8), start)
+        return data
+
+
+class _Scratch(threading.local):
+    """Memory that a thread uses again for each block: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Returns a flat tensor of `size` values, what it holds left over from before."""
+        if name not in self._buffers or len(self._buffers[name]) < size:
+            self._buffers[name] = torch.empty(size, dtype=dtype)
+        return self._buffers[name][:size]
+
+
+_scratch = _Scratch()
 
 
 def _copy_block(file: TensorFile, entry: Entry, done: int, target: int, start: int) -> Gain:
@@ -160,7 +179,9 @@ def _write_block(
     rows: BaseRows, update: Factors | None, slot: _Slot, block: tuple[int, int], *, is_measured: bool
 ) -> Gain:
     first, last = block
-    base = rows.read(first, last)
+    size = (last - first) * (slot.entry.num_bytes // slot.entry.dtype.itemsize // slot.entry.shape[0])
+    raw, values = _scratch.take("raw", 8 * size, torch.uint8), _scratch.take("values", size, torch.float32)
+    base = rows.read_into(first, last, raw, values)
     if update is None:
         slot.write(base, first)
         return Gain()
@@ -168,8 +189,7 @@ def _write_block(
         slot.write(base.addmm_(update.B_OR[first:last], update.A_RI), first)
         return Gain()
     added = update.B_OR[first:last] @ update.A_RI
-    stored = (base + added).to(slot.entry.dtype)
-    slot.write(stored, first)
+    stored = slot.write(base + added, first)
     flat, base_flat = added.reshape(-1), base.reshape(-1)
     survived = torch.dot((stored.float() - base).reshape(-1), flat)
     return Gain(float(survived), float(torch.dot(flat, flat)), float(torch.dot(base_flat, base_flat)))

@@ -138,6 +138,13 @@ class BaseRows:
             return self._whole[first:last].to(torch.float32, copy=True)
         return self._file.read_rows(self._name, first, last).float()
 
+    def read_into(self, first: int, last: int, raw: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Returns the same in `values` (float32), read through `raw` (uint8): no memory is asked for."""
+        found = (
+            self._whole[first:last] if self._whole is not None else self._file.read_rows(self._name, first, last, raw)
+        )
+        return values[: found.numel()].view(found.shape).copy_(found)
+
 
 def refuse_quantized(config: Mapping[str, Any], base: Path) -> None:
     """Refuses a base whose stored weights are quantized: what is added would be rounded away.

@@ -84,16 +84,16 @@ class TensorFile:
         buffer = self.read_bytes(entry.start, entry.num_bytes)
         return buffer.view(entry.dtype).reshape(entry.shape)
 
-    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Returns rows `first` to `last` (left out) of a tensor's first dimension."""
+    def read_rows(self, name: str, first: int, last: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns rows `first` to `last` (left out) of a tensor's first dimension, in `buffer` (uint8) if given."""
         entry = self.entries[name]
         row_bytes = entry.num_bytes // max(entry.shape[0], 1)
-        buffer = self.read_bytes(entry.start + first * row_bytes, (last - first) * row_bytes)
-        return buffer.view(entry.dtype).reshape(last - first, *entry.shape[1:])
+        data = self.read_bytes(entry.start + first * row_bytes, (last - first) * row_bytes, buffer)
+        return data.view(entry.dtype).reshape(last - first, *entry.shape[1:])
 
-    def read_bytes(self, start: int, num_bytes: int) -> torch.Tensor:
-        """Returns bytes of the file as a uint8 tensor."""
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    def read_bytes(self, start: int, num_bytes: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns bytes of the file as a uint8 tensor, the first ones of `buffer` if given."""
+        buffer = torch.empty(num_bytes, dtype=torch.uint8) if buffer is None else buffer[:num_bytes]
         view, done = buffer.numpy().data, 0
         while done < num_bytes:
             done += (got := os.preadv(self._file, [view[done : done + 2**30]], start + done))
