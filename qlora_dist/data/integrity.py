@@ -35,7 +35,7 @@ def check_splits(folder: Path, near_threshold: float) -> Facts:
     for name in marks:
         for record in read_records(folder / f"{name}.jsonl"):
             for runs in (test, held_out) if name == "test" else (held_out,):
-                runs.add(f"{name} {record.id}", [record.whole()])
+                runs.add(f"{name} {record.id}", [record.own()])
     test.finish()
     held_out.finish()
     highest = 0.0
@@ -43,7 +43,7 @@ def check_splits(folder: Path, near_threshold: float) -> Facts:
         for batch in in_batches(read_records(folder / f"{name}.jsonl")):
             for other in others:
                 _check_marks(folder, batch, name, other, marks[other])
-            for record, match in zip(batch, runs.matches([[r.whole()] for r in batch]), strict=True):
+            for record, match in zip(batch, runs.matches([[r.own()] for r in batch]), strict=True):
                 highest = max(highest, match.jaccard if match else 0.0)
                 if match and match.jaccard >= near_threshold + MARGIN:
                     _check_pair(folder, match.held_out, name, record, near_threshold + MARGIN)
@@ -90,7 +90,7 @@ def _check_pair(folder: Path, held_out: str, split: str, record: Record, limit: 
     """Compares two records run by run, as what pointed to them may be an estimate."""
     other, _, other_id = held_out.partition(" ")
     found = next(r for r in read_records(folder / f"{other}.jsonl") if r.id == other_id)
-    a, b = (np.unique(WordHashes([r.whole()]).runs(RUN_WORDS)[0]) for r in (found, record))
+    a, b = (np.unique(WordHashes([r.own()]).runs(RUN_WORDS)[0]) for r in (found, record))
     alike = len(np.intersect1d(a, b)) / max(1, len(np.union1d(a, b)))
     if alike >= limit:
         what = f"{held_out} and {split} {record.id} are {alike:.0%} alike"

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from qlora_dist.config.data import Kind
-from qlora_dist.data.record import Message, Record
+from qlora_dist.data.record import CONTEXT, QUESTION, Message, Record
 
 Raw = Mapping[str, Any]
 
@@ -125,7 +125,7 @@ def _instruction(known: Raw) -> Record:
 
 def _rag(known: Raw) -> Record:
     context, asked = _string(known, "context", optional=True), _string(known, "instruction")
-    prompt = f"Context:\n{context}\n\nQuestion:\n{asked}" if context.strip() else asked
+    prompt = f"{CONTEXT}{context}{QUESTION}{asked}" if context.strip() else asked
     return _answered("rag", known, prompt, _string(known, "response"))
 
 

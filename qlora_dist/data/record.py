@@ -13,6 +13,10 @@ BATCH_RECORDS, BATCH_CHARS = 512, 2**22
 """Batches hold at most this much, so that memory stays small whatever the records are."""
 
 
+CONTEXT, QUESTION = "Context:\n", "\n\nQuestion:\n"
+"""How a prompt with a context is written."""
+
+
 class Message(TypedDict):
     """One turn of a conversation; `role` is system, user, assistant or tool."""
 
@@ -40,8 +44,23 @@ class Record:
     licence: str = ""
 
     def parts(self) -> list[str]:
-        """Returns its prompts and answers: the pieces of text that held-out sets are compared by."""
+        """Returns its pieces of text."""
         return [self.text] if self.text else [m["content"] for m in self.messages]
+
+    def prompts_and_answers(self) -> list[str]:
+        """Returns its pieces of text but for the system's, which many records share: what held-out sets consist of."""
+        return [self.text] if self.text else [m["content"] for m in self.messages if m["role"] != "system"]
+
+    def context(self) -> str:
+        """Returns the context that its question is about, if it has one."""
+        return self.prompts_and_answers()[0].rpartition(QUESTION)[0] if self.kind == "rag" else ""
+
+    def own(self) -> str:
+        """Returns what it says that others on the same context, or under the same system prompt, don't."""
+        pieces = self.prompts_and_answers()
+        if self.context():
+            pieces[0] = pieces[0].rpartition(QUESTION)[2]
+        return "\n".join(pieces)
 
     def whole(self) -> str:
         """Returns all that it says, as one text."""

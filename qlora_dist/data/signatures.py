@@ -16,23 +16,28 @@ RUN_WORDS = 5
 SEED = 20_481
 INDEX = "index.bin"
 CHUNK = 2**15
-ENTRY = np.dtype([("id", "<u8"), ("words", "<u8"), ("signature", "<u4", (NUM_HASHES,))])
+ENTRY = np.dtype([("id", "<u8"), ("words", "<u8"), ("context", "<u8"), ("signature", "<u4", (NUM_HASHES,))])
 """One entry of `index.bin`; entry i belongs to line i of `records.jsonl`."""
 
 
 def index_entries(records: Sequence[Record]) -> np.ndarray:
     """Returns the entries of these records (MinHash: Broder 1997; signatures by rensa).
 
-    A text shorter than a run is one run; one without words (nothing but punctuation) is known by its id.
+    Signatures are of what a record says of its own: a context that several questions are about makes no copies of
+    them, but records on different contexts are never near. A text shorter than a run is one run; one without words
+    (nothing but punctuation) is known by its id.
     """
     from rensa import RMinHash
 
     entries = np.zeros(len(records), dtype=ENTRY)
     entries["id"] = [int(record.id, 16) for record in records]
-    words = WordHashes([record.whole() for record in records])
+    words, contexts = (WordHashes([f(r) for r in records]) for f in (Record.whole, Record.context))
     entries["words"] = np.where(words.num_N > 0, words.wholes(), mix(entries["id"]))
-    runs, texts = words.runs(RUN_WORDS)
-    short = np.flatnonzero(words.num_N < RUN_WORDS)
+    entries["context"] = np.where(contexts.num_N > 0, contexts.wholes(), 0)
+    own = WordHashes([record.own() for record in records])
+    runs, texts = own.runs(RUN_WORDS)
+    runs ^= entries["context"][texts]
+    short = np.flatnonzero(own.num_N < RUN_WORDS)
     runs, texts = np.concatenate([runs, entries["words"][short]]), np.concatenate([texts, short])
     order = np.argsort(texts, kind="stable")
     offsets = np.searchsorted(texts[order], np.arange(len(records) + 1)).astype(np.uint64)
@@ -48,9 +53,10 @@ class Index:
         self._files = [(folder / INDEX).open("rb") for folder in folders]
         lengths = [os.fstat(file.fileno()).st_size // ENTRY.itemsize for file in self._files]
         self._ends = np.cumsum(lengths, dtype=np.int64)
-        heads = [entries[["id", "words"]].copy() for _, entries in self.chunks()]
-        self.ids = np.concatenate([np.zeros(0, dtype="<u8"), *(head["id"] for head in heads)])
-        self.words = np.concatenate([np.zeros(0, dtype="<u8"), *(head["words"] for head in heads)])
+        names = ("id", "words", "context")
+        heads = [[entries[name].copy() for name in names] for _, entries in self.chunks()]
+        empty = np.zeros(0, dtype="<u8")
+        self.ids, self.words, self.contexts = (np.concatenate([empty, *(h[i] for h in heads)]) for i in range(3))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -92,8 +92,8 @@ def check_rejects(domain: str, parts: Sequence[Path], max_share: float) -> Facts
 def decide(index: Index, config: SplitConfig, scratch: Path) -> Decisions:
     """Decides about all records by their index entries alone.
 
-    With near-copies dropped, each kept record is a cluster of its own. Where they stay, a cluster goes to one split
-    as a whole.
+    With near-copies dropped, each kept record is a cluster of its own, or all records on one context are. Where
+    near-copies stay, what they link is a cluster. A cluster goes to one split as a whole.
     """
     exact = exact_copies(index.words)
     if config.deduplicate is Deduplicate.near:
@@ -103,7 +103,7 @@ def decide(index: Index, config: SplitConfig, scratch: Path) -> Decisions:
         copy_of = exact if config.deduplicate is Deduplicate.exact else np.full(len(index), -1)
         leader = clusters(index, exact, config.near_threshold, scratch)
     shutil.rmtree(scratch, ignore_errors=True)
-    cluster = index.ids[leader]
+    cluster = np.where(index.contexts > 0, index.contexts, index.ids)[leader]
     place = places(cluster, "split")
     is_held_out = place < config.test_share + config.validation_share
     split = np.where(place < config.test_share, 2, np.where(is_held_out, 1, 0))
@@ -136,7 +136,7 @@ def _held_out_runs(parts: Sequence[Path], decisions: Decisions) -> HeldOutRuns:
     for i, line in enumerate(_lines(parts)):
         if is_held_out[i]:
             record = parse_record(line)
-            runs.add(record.id, record.parts())
+            runs.add(record.id, record.prompts_and_answers())
     runs.finish()
     return runs
 
@@ -150,7 +150,7 @@ def _write(config: SplitConfig, parts: Sequence[Path], index: Index, decisions: 
         files = {name: stack.enter_context((out / f"{name}.jsonl").open("w", encoding="utf-8")) for name in SPLITS}
         rejects = stack.enter_context((out / REJECTS).open("w", encoding="utf-8"))
         for batch in in_batches(map(parse_record, _lines(parts))):
-            for record, match in zip(batch, runs.matches([r.parts() for r in batch]), strict=True):
+            for record, match in zip(batch, runs.matches([r.prompts_and_answers() for r in batch]), strict=True):
                 name = SPLITS[decisions.split[number]]
                 reason = _copy(index, decisions, number)
                 if not reason and name == "train" and match and match.contained >= config.contamination_share:

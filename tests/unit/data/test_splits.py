@@ -196,3 +196,28 @@ def test_shares_of_held_out_texts_are_right_when_only_some_of_their_runs_fit(see
     assert (all_of_it.contained, all_of_it.jaccard) == (1, 1)
     assert (short.contained, none) == (1, None)
     assert short.jaccard == pytest.approx(3 / 4)
+
+
+def test_questions_on_one_context_are_no_copies_and_lie_in_one_split(corpus: Make) -> None:
+    examples = [
+        {"context": sentence(i, 150), "question": f"What of {sentence(1000 + 7 * i + j, 6)}?", "answer": f"It is {j}."}
+        for i in range(60)
+        for j in range(4)
+    ]
+    made = corpus(examples).records().splits()
+    assert made.facts["splits"]["left_out"] == {}
+    where: dict[str, set[str]] = {}
+    for split in SPLITS:
+        for record in made.read(split):
+            where.setdefault(record.context(), set()).add(split)
+    assert len(where) == 60
+    assert all(len(splits) == 1 for splits in where.values())
+
+
+def test_a_system_prompt_that_all_share_makes_no_copies_and_contaminates_nothing(corpus: Make) -> None:
+    system = sentence(5, 200)
+    examples = [
+        {"system": system, "instruction": sentence(i, 20), "response": sentence(900 + i, 20)} for i in range(50)
+    ]
+    made = corpus(examples).records().splits()
+    assert made.facts["splits"]["left_out"] == {}
