@@ -112,14 +112,17 @@ def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:
 
 def _say_verdict(plan: Plan, verdict: dict[str, Any] | None, console: Console) -> int:
     """Prints whether the merged adapter should be shipped; returns 3 if not and `evaluate.gate=strict`."""
+    is_strict = plan.config["evaluate"]["gate"] == "strict"
     if verdict is None:
-        return 0
+        if is_strict:
+            console.print("verdict  none: evaluate.gate=strict, but no merged adapter and base were scored.")
+        return GATE_FAILED if is_strict else 0
     words = "ship" if verdict["ship"] else "do not ship"
     console.print(Text(f"verdict  {words}", style="bold green" if verdict["ship"] else "bold yellow"))
     for reason in verdict["reasons"]:
         mark = "passed" if reason["passed"] else "failed"
         console.print(Text(f"   {mark}: {reason['check']}: {reason['found']}"), soft_wrap=True)
-    return GATE_FAILED if not verdict["ship"] and plan.config["evaluate"]["gate"] == "strict" else 0
+    return GATE_FAILED if is_strict and not verdict["ship"] else 0
 
 
 def _say_failures(plan: Plan, endings: dict[str, Ending], console: Console) -> None:
