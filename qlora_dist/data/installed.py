@@ -70,15 +70,13 @@ def corpus_digest(name: str) -> str:
 
 
 def _licence_files() -> list[Path]:
-    files = {}
-    for distribution in metadata.distributions():
-        for file in distribution.files or []:
-            if ".dist-info" in file.parts[0] and any(word in file.name.lower() for word in LICENCE_NAMES):
-                path = Path(str(file.locate()))
-                files[f"1 {file}"] = path
-    if LICENCE_FOLDER.is_dir():
-        files |= {f"0 {path.name}": path for path in LICENCE_FOLDER.iterdir() if path.is_file()}
-    return [files[name] for name in sorted(files)]
+    """Returns the files of that kind in the metadata folders of all distributions, and those of the system first."""
+    files = [path for path in sorted(LICENCE_FOLDER.iterdir()) if path.is_file()] if LICENCE_FOLDER.is_dir() else []
+    roots = sorted({Path(str(distribution.locate_file(""))).resolve() for distribution in metadata.distributions()})
+    for folder in (folder for root in roots for folder in sorted(root.glob("*.dist-info"))):
+        names = sorted(path for path in folder.rglob("*") if any(word in path.name.lower() for word in LICENCE_NAMES))
+        files += [path for path in names if path.is_file()]
+    return files
 
 
 def _library_files() -> list[tuple[str, Path]]:

@@ -148,7 +148,10 @@ def test_a_hub_dataset_that_cant_be_read_is_one_clear_error() -> None:
         list(read_piece(Piece(0, "hub:no/where::train:abc"), SourceConfig(path="no/where", revision="abc")))
 
 
-@pytest.mark.parametrize(("name", "least"), [("licenses", 50), ("docstrings", 5000), ("reference", 70)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("licenses", 50), pytest.param("docstrings", 5000, marks=pytest.mark.slow), ("reference", 70)],
+)
 def test_installed_corpora_are_there_and_always_the_same(name: str, least: int) -> None:
     examples = list(installed.CORPORA[name]())
     assert len(examples) >= least
