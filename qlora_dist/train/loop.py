@@ -20,6 +20,7 @@ from qlora_dist.train.checkpoint import Checkpoints, lane_state, restore
 from qlora_dist.train.checks import Watch
 from qlora_dist.train.huggingface import check_finite
 from qlora_dist.train.memory import peak_memory_bytes
+from qlora_dist.train.processes import naming_who_is_missing
 from qlora_dist.train.step import Stepper, StepResult
 
 
@@ -50,7 +51,8 @@ class Loop:
         with stop_on_signal(self.stepper):
             for step in range(start, last):
                 watch = Watch(self.stepper, step, is_first=step == start) if step < start + 2 else None
-                results = self.stepper.take(step)
+                with naming_who_is_missing(step):
+                    results = self.stepper.take(step)
                 if watch is not None:
                     watch.check(self.certificate)
                 self._tell(step + 1, start, last, results, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,3 +52,43 @@ def meet(where: str, timeout_s: float) -> None:
     except RuntimeError as error:
         repair = "Look at those ranks' logs; raise strategy.timeout_s if they are only slow."
         raise TrainError(f"Rank {rank()} waited {timeout_s:g} s at {where}: {error}. {repair}") from error
+
+
+def note_place(step: int, is_waiting: bool) -> None:
+    """Leaves word, for the others, of the step this rank is at, and whether it computes or waits for them."""
+    if dist.is_initialized():
+        _store().set(f"place/{rank()}", f"{step} {'waiting' if is_waiting else 'computing'}")
+
+
+@contextmanager
+def naming_who_is_missing(step: int) -> Iterator[None]:
+    """Turns a collective that failed into an error that says where every rank was last seen.
+
+    Raises:
+        TrainError: naming the ranks that are not waiting at this step.
+    """
+    note_place(step, is_waiting=False)
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        note_place(step, is_waiting=True)
+        places = {r: _place_of(r) for r in range(world_size())}
+        missing = [r for r, place in places.items() if place != f"{step} waiting"]
+        seen = ", ".join(f"rank {r} {place}" for r, place in places.items())
+        reason = str(error).splitlines()[0]
+        repair = "Look at the log of the first one that failed. Run the same command to continue from the checkpoint."
+        who = f"waiting for rank {', '.join(map(str, missing))}" if missing else "waiting for each other"
+        raise TrainError(f"Step {step + 1}: {who} ({seen}; {reason}). {repair}") from error
+
+
+def _place_of(other: int) -> str:
+    try:
+        return str(_store().get(f"place/{other}").decode()) if _store().check([f"place/{other}"]) else "not started"
+    except RuntimeError:
+        return "unknown: rank 0 is gone"
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

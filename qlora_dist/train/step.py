@@ -16,6 +16,7 @@ from qlora_dist.errors import TrainError
 from qlora_dist.train.batches import tensors
 from qlora_dist.train.lanes import Lane, Seating
 from qlora_dist.train.loss import LaneModel
+from qlora_dist.train.processes import note_place
 from qlora_dist.train.strategies import Strategy
 
 
@@ -37,11 +38,13 @@ class Stepper:
     lanes: list[Lane]
     seating: Seating
     strategy: Strategy
+    step: int = 0
     wants_stop: bool = False
     """Set on any rank (by a signal), it is seen by all of them at the end of the step."""
 
     def take(self, step: int) -> dict[str, StepResult]:
         """Takes step `step` (0-based) of every lane that is still active; returns each one's result by name."""
+        self.step = step
         active = [k for k, lane in enumerate(self.lanes) if lane.is_active(step)]
         counts = {k: num_targets(self.lanes[k], step) for k in active}
         nll_K = self.accumulate(step, counts)
@@ -65,6 +68,7 @@ class Stepper:
     def reduce(self, active: list[int], nll_K: torch.Tensor) -> None:
         """Sums gradients, losses and the wish to stop over all ranks, in one message."""
         parameters = (p for k in active for p in self.lanes[k].parameters.values())
+        note_place(self.step, is_waiting=True)
         grads = [p.grad for p in parameters if p.grad is not None]
         wish = torch.tensor([float(self.wants_stop)], device=self.strategy.device)
         self.strategy.sum_over_ranks([*grads, nll_K, wish])

@@ -22,7 +22,12 @@ def cells():
         yield strategy, int(size), method, quantization, True, recompute
 
 
-@pytest.mark.parametrize("cell", list(cells()), ids=lambda c: "-".join(map(str, c)))
+def params():
+    """What trains is slow; what is refused is not."""
+    return [pytest.param(cell, marks=[pytest.mark.slow] if cell[-1] == "yes" else []) for cell in cells()]
+
+
+@pytest.mark.parametrize("cell", params(), ids=lambda c: "-".join(map(str, c)))
 def test_cell(cell, pool, inputs, recipe, tmp_path):
     strategy, world_size, method, quantization, recompute, promise = cell
     config = recipe(activation_checkpointing=recompute, max_steps=2, quantization=Quantization[quantization])

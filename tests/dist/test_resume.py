@@ -7,6 +7,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from qlora_dist.testing import RankPool
 from qlora_dist.train import train_adapter
 from tests.dist.drill import drill, live
 
@@ -51,7 +52,7 @@ def test_killed_lives_end_in_the_same_bytes(pool, inputs, folder, recipe, whole)
 
 
 @pytest.mark.slow
-def test_twenty_four_kills_over_changing_world_sizes(pool, inputs, folder, recipe):
+def test_thirty_four_kills_over_several_world_sizes(pool, inputs, folder, recipe):
     same, changed, plain = folder("same"), folder("changed"), folder("plain")
     config = recipe(epochs=12, checkpoint_every_s=0.0)
     pool.run(train_adapter, 1, recipe(epochs=12), inputs, plain)
@@ -59,6 +60,12 @@ def test_twenty_four_kills_over_changing_world_sizes(pool, inputs, folder, recip
     assert killed >= 10
     assert codes == [0]
     assert read(same) == read(plain)
+    two, plain_two = folder("two"), folder("plain_two")
+    pool.run(train_adapter, 2, recipe("ddp", 2, epochs=12), inputs, plain_two)
+    ((killed, codes),) = pool.run(drill, 1, config, inputs, two, 6, [2], 2.5, 3, timeout_s=300)
+    assert killed >= 4
+    assert codes == [0, 0]
+    assert read(two) == read(plain_two)
     ((killed, codes),) = pool.run(drill, 1, config, inputs, changed, 14, [2, 1, 4, 1], 2.5, 2, timeout_s=300)
     assert killed >= 10
     assert codes == [0]
@@ -129,7 +136,7 @@ def test_checkpoint_of_another_recipe_is_not_continued(pool, inputs, folder, rec
     assert facts["resumed_after_step"] == 0
 
 
-@pytest.mark.parametrize("world_size", [2, 1])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_checkpoint_of_four_ranks_continues_on_fewer(pool, inputs, folder, recipe, whole, world_size):
     out = folder("out")
     stopped_after(pool, inputs, out, recipe("fsdp", epochs=4), world_size=4)
@@ -139,21 +146,32 @@ def test_checkpoint_of_four_ranks_continues_on_fewer(pool, inputs, folder, recip
     assert distance(out, whole) < 1e-2
 
 
-def test_rank_that_does_not_come_is_named(pool, recipe, inputs, folder):
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "said"), [("absent", "waited 4 s at start.*1"), ("hangs", "waiting for rank 1")])
+def test_rank_that_is_missing_is_named(how, said, recipe, inputs, folder):
     config = recipe("ddp", 2)
-    config.strategy.timeout_s = 3
-    started = time.monotonic()
-    with pytest.raises(AssertionError, match=r"(?s)TrainError: Rank 0 waited 3 s at start.*1"):
-        pool.run(absent, 2, config, inputs, folder("out"))
-    assert time.monotonic() - started < 60
+    config.strategy.timeout_s = 4
+    with RankPool() as own, pytest.raises(AssertionError, match=f"(?s)TrainError: .*{said}"):
+        own.run(lose_a_rank, 2, config, inputs, folder("out"), how)
 
 
-def absent(config, inputs, out):
-    """Rank 1 joins, then hangs before the meeting."""
+def lose_a_rank(config, inputs, out, how):
+    """Rank 1 hangs: before the first meeting, or in the third step."""
     import os
 
     from qlora_dist.train import processes
+    from qlora_dist.train import step as steps
+
+    plain = steps.Stepper.accumulate
+
+    def hang(self, step, counts):
+        if step == 2:
+            time.sleep(60)
+        return plain(self, step, counts)
 
     if os.environ["RANK"] == "1":
-        processes.meet = lambda *_: time.sleep(30)
+        if how == "absent":
+            processes.meet = lambda *_: time.sleep(60)
+        else:
+            steps.Stepper.accumulate = hang
     train_adapter(config, inputs, out)
