@@ -96,7 +96,7 @@ def batched_fill(num: int, row_tokens: int) -> float:
 
 def written(found: list[dict[str, Any]], default_fill: float) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    head = "| sequences | row tokens | work | here, s | TRL, s | TRL / here (least-most) | fill | of the bound | TRL fill |"
+    head = "| sequences | row tokens | work | here, s | TRL, s | TRL / here (range) | fill | of the bound | TRL fill |"
     lines = [
         f"| {r['sequences']:,} | {r['row_tokens']} | {r['work']} | {r['here_s']:.4f} | {r['trl_s']:.3f} "
         f"| **{r['ratio']:.1f}** ({r['least_ratio']:.1f}-{r['most_ratio']:.1f}) | {r['fill']:.5f} "
