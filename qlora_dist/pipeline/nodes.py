@@ -9,12 +9,15 @@ from qlora_dist.artifacts.leaves import folder_digest
 from qlora_dist.config import stages as told
 from qlora_dist.config.data import DomainConfig
 from qlora_dist.config.fields import everything
+from qlora_dist.config.merge import MergeMethod
 from qlora_dist.config.run import RunConfig
 from qlora_dist.config.train import Method
 from qlora_dist.data.sources import leaf_digest, plan_parts
 from qlora_dist.pipeline.plan import Node, Plan
 
 GENERAL, DEVELOPMENT = "general", "validation"
+CALIBRATED = {MergeMethod.regmean, MergeMethod.learned}
+"""Merges that look at the rows that each part was trained on."""
 
 
 def make_plan(config: RunConfig, command: str = "") -> Plan:
@@ -51,6 +54,7 @@ class _Planner:
         self.splits = {name: self._splits(name) for name in self.domains}
         self.tokenizer = self._tokenizer()
         self.base = self._base()
+        self.rows: dict[str, Node] = {}
 
     def adapters_of(self, name: str) -> dict[str, Node]:
         """Adds a domain's shards, and the rows and the adapter of each; returns the adapters by label."""
@@ -71,6 +75,7 @@ class _Planner:
                 split="train", shard=shard, row_tokens=config.train.row_tokens, render=domain.render
             )
             rows = self.plan.add("rows", label, rows_config, inputs={"tokenizer": self.tokenizer, "shards": shards})
+            self.rows[label] = rows
             ranks = config.strategy.world_size
             adapters[label] = self.plan.add(
                 "adapter", label, adapter_config, inputs={**needs, "rows": rows}, world_size=ranks
@@ -79,8 +84,12 @@ class _Planner:
 
     def merged(self, adapters: Mapping[str, Node]) -> Node:
         """Adds the merge that the config names."""
-        config = told.MergedConfig(merge=self.config.merge, shard_weights=self._shard_weights())
-        return self.plan.add("merged", "all", config, inputs=adapters)
+        merge, inputs = self.config.merge, dict(adapters)
+        config = told.MergedConfig(merge=merge, shard_weights=self._shard_weights())
+        if merge.method in CALIBRATED:
+            config.model = self.config.model
+            inputs |= {"base": self.base, **{f"rows-{label}": self.rows[label] for label in adapters}}
+        return self.plan.add("merged", "all", config, inputs=inputs)
 
     def chosen(self, adapters: Mapping[str, Node]) -> Node:
         """Adds the referee: several merges compared on development data."""
@@ -93,6 +102,8 @@ class _Planner:
         )
         inputs = {"base": self.base} | {f"adapter-{label}": node for label, node in adapters.items()}
         inputs |= {f"rows-{name}": self._held_out(name, DEVELOPMENT) for name in self.domains}
+        if CALIBRATED & set(self.config.merge.compare):
+            inputs |= {f"calibration-{label}": self.rows[label] for label in adapters}
         return self.plan.add("chosen", "all", config, inputs=inputs)
 
     def scores(self, name: str, adapter: Node | None) -> Node:

@@ -18,7 +18,7 @@ from qlora_dist.config.merge import MergeConfig
 from qlora_dist.config.stages import ChosenConfig, MergedConfig, ScoresConfig
 from qlora_dist.runtime import Facts, clear, log, write_json
 
-ADAPTER, ROWS = "adapter-", "rows-"
+ADAPTER, ROWS, CALIBRATION = "adapter-", "rows-", "calibration-"
 REFEREE_FILE = "referee.json"
 DEVELOPMENT = "validation"
 
@@ -26,8 +26,9 @@ DEVELOPMENT = "validation"
 def choose_merge(config: ChosenConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
     """Leaves the winning adapter's PEFT folder in `out`, and all standings in `referee.json`.
 
-    Inputs are `base`, one `adapter-<label>` for each part and one `rows-<domain>` of development data for each
-    domain and for `general`. The parts themselves are candidates too.
+    Inputs are `base`, one `adapter-<label>` for each part, one `rows-<domain>` of development data for each domain
+    and for `general`, and `calibration-<label>`, a part's training rows, for merges that look at them. The parts
+    themselves are candidates too.
 
     Raises:
         ModelError: if the parts can't be merged.
@@ -37,7 +38,7 @@ def choose_merge(config: ChosenConfig, inputs: Mapping[str, Path], out: Path) ->
     from qlora_dist.adapters.referee import BASE, judge
 
     parts = {name.removeprefix(ADAPTER): path for name, path in inputs.items() if name.startswith(ADAPTER)}
-    folders: dict[str, Path | None] = {BASE: None, **parts, **_merge_all(config, parts, out / "candidates")}
+    folders: dict[str, Path | None] = {BASE: None, **parts, **_merge_all(config, inputs, parts, out / "candidates")}
     rows: list[dict[str, Any]] = []
     for number, (name, folder) in enumerate(folders.items(), 1):
         log.info("candidate %d/%d: %s", number, len(folders), name)
@@ -56,14 +57,19 @@ def candidate_merges(merge: MergeConfig) -> dict[str, MergeConfig]:
     return candidates(merge, merge.compare, merge.scales or SCALES)
 
 
-def _merge_all(config: ChosenConfig, parts: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+def _merge_all(
+    config: ChosenConfig, inputs: Mapping[str, Path], parts: Mapping[str, Path], folder: Path
+) -> dict[str, Path]:
     from qlora_dist.adapters.merge import merge_adapters
 
+    rows = {ROWS + n.removeprefix(CALIBRATION): path for n, path in inputs.items() if n.startswith(CALIBRATION)}
+    given = {**parts, "base": inputs["base"], **rows} if rows else parts
     merged = {}
     for number, (name, merge) in enumerate(candidate_merges(config.merge).items()):
         merged[name] = folder / str(number)
         merged[name].mkdir(parents=True)
-        merge_adapters(MergedConfig(merge=merge, shard_weights=config.shard_weights), parts, merged[name])
+        told = MergedConfig(merge=merge, shard_weights=config.shard_weights, model=config.model)
+        merge_adapters(told, given, merged[name])
     return merged
 
 

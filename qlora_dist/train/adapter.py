@@ -14,7 +14,7 @@ from qlora_dist.config.train import Method, StrategyName
 from qlora_dist.model.adapter import Provenance, save_adapter, write_provenance
 from qlora_dist.model.lora import num_trainable
 from qlora_dist.model.weights import TOKENIZER_FILES, tokenizer_digest
-from qlora_dist.runtime import Facts, JsonlSink, clear, quiet_libraries, rank, sinks
+from qlora_dist.runtime import Facts, JsonlSink, clear, log_metrics, quiet_libraries, rank, sinks
 from qlora_dist.train.training import Training
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,6 +40,8 @@ def train_adapter(config: AdapterConfig, inputs: Mapping[str, Path], out: Path) 
     started = time.monotonic()
     with sinks(JsonlSink(out / METRICS_FILE)):
         facts = train(training)
+        if "validation_loss" in facts:
+            log_metrics(training.budget.num_steps, {"validation_loss": facts["validation_loss"]})
     if rank() == 0:
         write_provenance(out, provenance(training))
     return facts | training_facts(training, time.monotonic() - started)
