@@ -14,7 +14,7 @@ def finished_stages(workplace) -> set[str]:
 def test_a_missing_corpus(workplace):
     code, output = workplace.launch("domain.files.sources=[{path: nowhere/*.jsonl}]")
     assert code == 2
-    assert output.startswith("error: domain.files: ")
+    assert output.startswith("error: domain.files.sources[0].path=")
     assert "nowhere/*.jsonl" in output
     assert "Traceback" not in output
     assert not (workplace.folder / "runs").exists()

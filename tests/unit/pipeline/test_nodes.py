@@ -21,7 +21,9 @@ def corpus(tmp_path: Path) -> Path:
 
 def plan_of(corpus: Path, *overrides: str) -> Plan:
     sources = [f"domain.files.sources=[{{path: {corpus}}}]", f"general.sources=[{{path: {corpus}}}]"]
-    return make_plan(compose_run(["domain=files", *sources, f"root={corpus.parent / 'runs'}", *overrides]))
+    return make_plan(
+        compose_run(["domain=files", "train=tiny", *sources, f"root={corpus.parent / 'runs'}", *overrides])
+    )
 
 
 def keys(plan: Plan) -> dict[str, str]:
@@ -125,7 +127,7 @@ def test_full_fine_tuning_plans_no_merge_and_says_so(corpus: Path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["domain.files.sources=[{path: /nowhere/at/all}]"], "domain.files: "),
+        (["domain.files.sources=[{path: /nowhere/at/all}]"], "domain.files.sources[0].path=/nowhere/at/all: "),
         (["model.path=/nowhere"], "model.path=/nowhere: "),
         (["model.path=owner/name"], "model.revision="),
     ],
