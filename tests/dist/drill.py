@@ -14,13 +14,18 @@ from qlora_dist.testing import rank_environment
 from qlora_dist.train import train_adapter
 
 
-def live(config, inputs, out, world_size, kill_after_s=None, signal_number=signal.SIGKILL):
-    """Runs one life in `world_size` forked processes; kills it after some seconds. Returns the exit codes."""
+def live(config, inputs, out, world_size, kill_after_s=None, signal_number=signal.SIGKILL, once_training=False):
+    """Runs one life in `world_size` forked processes; kills it after some seconds. Returns the exit codes.
+
+    With `once_training` the seconds count from the first step that was logged.
+    """
     strategy = replace(config.strategy, world_size=world_size)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = [_fork(replace(config, strategy=strategy), inputs, out, rank, port) for rank in range(world_size)]
+    while once_training and not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
     if kill_after_s is not None:
         time.sleep(kill_after_s)
         for pid in ranks:
