@@ -28,7 +28,7 @@ test: setup  ## run the tests (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: setup  ## run the long tests too
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile
 
 check: setup  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

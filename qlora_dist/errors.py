@@ -6,6 +6,7 @@ The command line prints the message alone: a traceback is for a programmer's mis
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -46,6 +47,17 @@ class Preempted(QloraDistError):  # noqa: N818 - nothing went wrong: the work co
 
 class LaunchError(QloraDistError):
     """A launcher can't run the plan, or a node of the plan failed."""
+
+
+def disk_error(error: OSError, folder: object) -> ArtifactError | None:
+    """Says what to do about a disk that is full or can't be written; None for any other error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        repair = f"Free some space, or set root= to a larger disk; then run the same command again. ({folder})"
+        return ArtifactError(f"The disk is full. {repair}")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        where = error.filename or folder
+        return ArtifactError(f"{where} can't be written ({error.strerror}). Set root= to a folder of yours.")
+    return None
 
 
 def bad_value(key: str, value: object, wanted: str, repair: str = "") -> ConfigError:

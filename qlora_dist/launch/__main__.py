@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_dist.errors import QloraDistError
+from qlora_dist.errors import QloraDistError, disk_error
 from qlora_dist.runtime import quiet_libraries
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        known = disk_error(error, Path.cwd())
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        return known.exit_code
     except KeyboardInterrupt:
         return 130
 

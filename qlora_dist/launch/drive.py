@@ -82,6 +82,9 @@ def _drive(plan: Plan, launcher_on: Callable[[Machine], Launcher], cached: dict[
             launcher.cancel()
             states |= launcher.poll()
             screen.update(states)
+        except BaseException:
+            launcher.cancel()
+            raise
         seconds = dict(screen.seconds)
     endings = {
         node.name: ending_of(plan, node, states[node.name].name, seconds.get(node.name, 0)) for node in plan.nodes
@@ -89,9 +92,9 @@ def _drive(plan: Plan, launcher_on: Callable[[Machine], Launcher], cached: dict[
     if interrupted:
         console.print("Interrupted. What is finished stays; the same command goes on from there.")
         return 130
+    _say_failures(plan, endings, console)
     summary = close_run(plan, endings)
     console.print(f"Took {clock(time.monotonic() - started)}.")
-    _say_failures(plan, endings, console)
     return _show_results(plan, summary, console)
 
 

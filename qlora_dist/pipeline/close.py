@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -14,11 +15,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qlora_dist.config.evaluate import EvaluateConfig
+from qlora_dist.errors import disk_error
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.run import circumstances, failure_path
 from qlora_dist.runtime import write_json
 
 SUMMARY = "summary.json"
+FULL_BYTES = 1 << 16
+"""A disk with less than this left is full: a node that died there could not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,8 @@ def ending_of(plan: Plan, node: Node, state: str, seconds: float) -> Ending:
     try:
         message = json.loads(failure_path(plan, node).read_text(encoding="utf-8"))["message"]
     except (OSError, ValueError):
+        if shutil.disk_usage(plan.root).free < FULL_BYTES:
+            return Ending(state, seconds, str(disk_error(OSError(errno.ENOSPC, ""), plan.root)))
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
         message = (
             f"The process ended without a word (killed, or out of memory?). Last line of the log: {(lines or [''])[-1]}"

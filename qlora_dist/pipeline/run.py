@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import platform
 import socket
@@ -22,7 +21,7 @@ import psutil
 from qlora_dist.artifacts.owner import OwnedError, describe, living_owner, owned
 from qlora_dist.artifacts.store import Manifest
 from qlora_dist.config.evaluate import TrackingConfig, TrackingName
-from qlora_dist.errors import ArtifactError, QloraDistError
+from qlora_dist.errors import QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
 from qlora_dist.runtime import Facts, clear, log, rank, sinks, world_size, write_json
@@ -48,7 +47,7 @@ def run_node(plan: Plan, node: Node) -> None:
             if rank() == 0:
                 store.commit(_manifest(plan, node, facts, time.monotonic() - started))
         except OSError as error:
-            raise _disk_error(error, out) from error
+            raise disk_error(error, out) or error from error
 
 
 def _work(plan: Plan, node: Node, out: Path) -> Facts:
@@ -160,17 +159,6 @@ def _commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _disk_error(error: OSError, out: Path) -> QloraDistError | OSError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        repair = f"Free some space, or set root= to a larger disk; then run the same command again. ({out})"
-        return ArtifactError(f"The disk of {out.parent} is full. {repair}")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return ArtifactError(
-            f"{error.filename or out} can't be written ({error.strerror}). Set root= to a folder of yours."
-        )
-    return error
-
-
 def failure_path(plan: Plan, node: Node) -> Path:
     """Returns where a failing node leaves word of why."""
     return plan.log_path(node).with_suffix(".failed.json")
@@ -198,9 +186,9 @@ def _leave_word(plan: Plan, node: Node, message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     final = failure_path(plan, node)
     aside = final.with_name(f"{final.name}.{rank()}")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    write_json(aside, {"node": node.name, "message": message, "exit_code": code, "rank": rank()})
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(OSError):  # the disk may be what failed; the first rank's word may be there
+        final.parent.mkdir(parents=True, exist_ok=True)
+        write_json(aside, {"node": node.name, "message": message, "exit_code": code, "rank": rank()})
         final.hardlink_to(aside)
-    aside.unlink()
+    aside.unlink(missing_ok=True)
     return code
