@@ -131,14 +131,19 @@ def _curves(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, list[dict[st
 
 
 def _ship(plan: Plan, endings: Mapping[str, Ending]) -> Path | None:
-    """Copies what is shipped to `adapter/`: the merged adapter, written aside and renamed."""
+    """Copies what is shipped to `adapter/`, aside and renamed; what an earlier plan shipped there goes away.
+
+    Nothing is lost: every adapter stays among the artifacts.
+    """
     merged = _finished(plan, endings, "merged") + _finished(plan, endings, "chosen")
-    if not merged:
-        return None
     final, aside = plan.folder / "adapter", plan.folder / ".adapter"
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(plan.store.folder(merged[0].id), aside, ignore=shutil.ignore_patterns("manifest.json", ".*"))
+    if merged:
+        ignored = shutil.ignore_patterns("manifest.json", ".*")
+        shutil.copytree(plan.store.folder(merged[0].id), aside, ignore=ignored)
     shutil.rmtree(final, ignore_errors=True)
+    if not merged:
+        return None
     aside.rename(final)
     return final
 

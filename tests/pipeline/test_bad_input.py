@@ -38,6 +38,7 @@ def test_too_many_broken_lines_stop_the_run_and_are_named(workplace):
     lines = path.read_text().splitlines()
     lines[10:25] = ["{broken"] * 15
     path.write_text("\n".join(lines) + "\n")
+    (workplace.run_folder / "adapter").mkdir(parents=True)  # as an earlier run shipped one
     code, output = workplace.launch()
     assert code == 1
     assert "max_reject_share" in output
@@ -48,6 +49,8 @@ def test_too_many_broken_lines_stop_the_run_and_are_named(workplace):
     assert states["merged/all"] == "skipped"
     assert states["splits/general"] == "done", "what does not depend on it runs"
     assert workplace.summary["state"] == "failed"
+    assert workplace.summary["adapter"] is None
+    assert not (workplace.run_folder / "adapter").exists(), "what an earlier run shipped is not this one's"
     assert (workplace.run_folder / "report.html").exists()
 
 
