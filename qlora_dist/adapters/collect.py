@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -107,18 +106,11 @@ def _count(adapter: PeftFolder, weights: MergeWeights) -> float:
         case MergeWeights.tokens:
             found, what = float(adapter.provenance.trained_tokens if adapter.provenance else 0), "how many tokens"
         case MergeWeights.inverse_loss:
-            found, what = 1 / (validation_loss(adapter.path) or float("inf")), "with what validation_loss"
+            loss = adapter.provenance.validation_loss if adapter.provenance else None
+            found, what = 1 / (loss or float("inf")), "with what validation_loss"
         case _:
             return 1.0
     if found <= 0:
         wanted = f"adapters that say {what} they were trained; {adapter.label} ({adapter.path}) doesn't"
         raise bad_value("merge.weights", weights.name, wanted, "Set merge.weights=uniform.")
     return found
-
-
-def validation_loss(folder: Path) -> float | None:
-    """Returns the last `validation_loss` of an adapter folder's `metrics.jsonl`, None where there is none."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    losses = [float(step["validation_loss"]) for step in map(json.loads, lines) if "validation_loss" in step]
-    return losses[-1] if losses else None

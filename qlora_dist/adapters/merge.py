@@ -63,7 +63,8 @@ def write_joint_provenance(adapters: Sequence[PeftFolder], out: Path) -> None:
 
     known = [a.provenance for a in adapters if a.provenance is not None]
     if len(known) == len(adapters):
-        write_provenance(out, replace(known[0], trained_tokens=sum(p.trained_tokens for p in known)))
+        tokens = sum(p.trained_tokens for p in known)
+        write_provenance(out, replace(known[0], trained_tokens=tokens, validation_loss=None))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from qlora_dist.config.train import Method, StrategyName
 from qlora_dist.model.adapter import Provenance, save_adapter, write_provenance
 from qlora_dist.model.lora import num_trainable
 from qlora_dist.model.weights import TOKENIZER_FILES, tokenizer_digest
-from qlora_dist.runtime import Facts, JsonlSink, clear, log_metrics, quiet_libraries, rank, sinks
+from qlora_dist.runtime import Facts, JsonlSink, clear, quiet_libraries, rank, sinks
 from qlora_dist.train.training import Training
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,10 +40,8 @@ def train_adapter(config: AdapterConfig, inputs: Mapping[str, Path], out: Path) 
     started = time.monotonic()
     with sinks(JsonlSink(out / METRICS_FILE)):
         facts = train(training)
-        if "validation_loss" in facts:
-            log_metrics(training.budget.num_steps, {"validation_loss": facts["validation_loss"]})
     if rank() == 0:
-        write_provenance(out, provenance(training))
+        write_provenance(out, provenance(training, facts.get("validation_loss")))
     return facts | training_facts(training, time.monotonic() - started)
 
 
@@ -80,7 +78,7 @@ def save(training: Training, model: Any) -> None:
             shutil.copyfile(training.tokenizer / name, out / name)
 
 
-def provenance(training: Training) -> Provenance:
+def provenance(training: Training, validation_loss: float | None) -> Provenance:
     """Returns what this training was of, as it stands beside the weights."""
     config, base = training.config, training.base
     full = config.train.method is Method.full
@@ -92,6 +90,7 @@ def provenance(training: Training) -> Provenance:
         quantization=Quantization.none.name if full else config.model.quantization.name,
         dtype=config.model.compute_dtype.name,
         trained_tokens=training.budget.num_steps * config.train.tokens_per_step,
+        validation_loss=validation_loss,
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from qlora_dist.adapters.command import main
+from qlora_dist.model.adapter import read_provenance, write_provenance
 
 from .conftest import dense, provenance
 
@@ -49,10 +51,9 @@ def test_numbers_are_taken_as_the_weights(three, tmp_path):
         assert (found - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_inverse_loss_reads_each_adapters_metrics(three, tmp_path):
+def test_inverse_loss_reads_what_each_adapter_says_of_itself(three, tmp_path):
     for name, loss in (("a", 1.0), ("b", 2.0), ("c", 4.0)):
-        lines = [{"step": 1, "loss": 3.0}, {"step": 1, "validation_loss": 9.0}, {"step": 2, "validation_loss": loss}]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_provenance(tmp_path / name, replace(read_provenance(tmp_path / name), validation_loss=loss))
     assert main([*three, "--weights", "inverse_loss", "--out", str(tmp_path / "out")]) == 0
     parts = json.loads((tmp_path / "out" / "merge.json").read_text())["parts"]
     assert [p["weight"] for p in parts] == pytest.approx([4 / 7, 2 / 7, 1 / 7])
