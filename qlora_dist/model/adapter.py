@@ -20,7 +20,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What an adapter was trained on: its base and tokenizer by content, how many tokens, and to which held-out loss."""
+    """What an adapter was trained on: its base and tokenizer by content, how many tokens, to which held-out loss."""
 
     base_path: str
     base_revision: str
