@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text(), end="")
         return 0
     quiet_libraries()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends the nodes as Ctrl-C does
     try:
         if any(argument.startswith("-") for argument in arguments):
             return _with_hydra_flags(arguments)
@@ -68,13 +70,13 @@ def _with_hydra_flags(arguments: list[str]) -> int:
     from qlora_dist.launch.schema import register_schema
 
     register_schema()
-    check_points(arguments)
+    ordered, swept = check_points(arguments)
+    sys.argv = [PROGRAM, *ordered]
     codes: list[int] = []
 
     def task(composed: DictConfig) -> None:
-        codes.append(run_point(composed))
+        codes.append(run_point(composed, swept))
 
-    sys.argv = [PROGRAM, *arguments]
     start: Callable[[], None] = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(
         task
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from omegaconf import DictConfig
 
@@ -12,8 +12,11 @@ from qlora_dist.errors import QloraDistError
 from qlora_dist.launch.compose import compose_run, run_config
 
 
-def check_points(arguments: Sequence[str]) -> None:
+def check_points(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
     """Composes every point of a multirun, so that a mistake in the last one shows before the first runs.
+
+    Returns the arguments with flags first (Hydra takes no override after a flag that follows one), and the keys that
+    are swept.
 
     Raises:
         ConfigError: at the first point that can't be.
@@ -22,17 +25,19 @@ def check_points(arguments: Sequence[str]) -> None:
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    flags = get_args_parser().parse_args(list(arguments))
+    flags = get_args_parser().parse_intermixed_args(list(arguments))
+    ordered: list[str] = [argument for argument in arguments if argument not in flags.overrides] + flags.overrides
     if not flags.multirun:
-        return
+        return ordered, set()
     parsed = OverridesParser.create().parse_overrides(flags.overrides)
     for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
         for point in batch:
             compose_run(point, flags.config_dir)
+    return ordered, {override.key_or_group for override in parsed if override.is_sweep_override()}
 
 
-def run_point(composed: DictConfig) -> int:
-    """Runs what Hydra composed and returns the exit code; a point of `-m` gets `name-<what it overrides>`."""
+def run_point(composed: DictConfig, swept: Set[str]) -> int:
+    """Runs what Hydra composed and returns the exit code; a point of `-m` gets `name-<its swept values>`."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from rich.console import Console
@@ -45,7 +50,8 @@ def run_point(composed: DictConfig) -> int:
     try:
         config = run_config(composed)
         if told.mode is RunMode.MULTIRUN:
-            config.name += "-" + re.sub(r"[^A-Za-z0-9_.=-]+", "_", told.job.override_dirname)
+            own = [line for line in told.overrides.task if line.lstrip("+~").partition("=")[0] in swept]
+            config.name += "-" + re.sub(r"[^A-Za-z0-9_.=-]+", "_", "-".join(own))
             console.rule(config.name)
         return run(config, command_line(told.overrides.task), console)
     except QloraDistError as error:
