@@ -14,6 +14,11 @@ from qlora_dist.evaluate.summary import number
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a", "#b59f00")
 
+TWO_SIDED = [[0.0, "#0072b2"], [0.5, "#f2f2f2"], [1.0, "#d55e00"]]
+"""Blue below the middle, orange above it."""
+
+ONE_SIDED = [[0.0, "#eaf2f8"], [1.0, "#08519c"]]
+
 
 def figure(data: list[dict[str, Any]], title: str, x: str, y: str, **layout: Any) -> Figure:
     """Returns a figure in the report's style, with both axes named."""
@@ -75,24 +80,69 @@ def heat_map(
     title: str,
     *,
     middle: float | None = None,
+    x: str = "",
+    y: str = "",
+    least_is_best: bool = False,
 ) -> Figure:
-    """Returns a heat map with its numbers written in; `middle` centres a two-sided colour scale there."""
-    scale = {"colorscale": "RdBu", "zmid": middle} if middle is not None else {"colorscale": "Blues"}
-    text = [["" if v is None else f"{v:.3g}" for v in row] for row in values]
+    """Returns a heat map with its numbers written in; a cell of None stays empty.
+
+    Args:
+        values: [rows][columns].
+        columns: names along the axis `x`.
+        rows: names along the axis `y`, drawn from the top down.
+        title: what the numbers are.
+        middle: centres a two-sided colour scale there (blue below, orange above).
+        x: name of the horizontal axis.
+        y: name of the vertical axis.
+        least_is_best: frames the cell of the smallest number, and lets small numbers be dark.
+    """
+    scale = {"colorscale": ONE_SIDED, "reversescale": least_is_best}
+    if middle is not None:
+        scale = {"colorscale": TWO_SIDED, "zmid": middle}
     data = {
         "type": "heatmap",
         "z": [list(r) for r in values],
         "x": list(columns),
         "y": list(rows),
-        "text": text,
+        "text": [["" if v is None else f"{v:.3g}" for v in row] for row in values],
+        "texttemplate": "%{text}",
+        "hovertemplate": (f"{x} %{{x}}, {y} " if x else "%{x}, ") + "%{y}: %{z:.4g}<extra></extra>",
+        "hoverongaps": False,
+        "xgap": 2,
+        "ygap": 2,
         **scale,
     }
-    data |= {"texttemplate": "%{text}", "hovertemplate": "%{y} on %{x}: %{z:.4g}<extra></extra>"}
-    height = 120 + 34 * len(rows)
-    layout = {
-        "height": height,
-        "margin": {"l": 60, "r": 16, "t": 16, "b": 32},
-        "xaxis": {"type": "category"},
-        "yaxis": {"type": "category", "autorange": "reversed"},
-    }
-    return figure([data], title, "", "", **layout)
+    made = figure([data], title, x, y, height=120 + 34 * len(rows))
+    made["layout"]["xaxis"] |= {"type": "category", "showgrid": False}
+    made["layout"]["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
+    best = min(((v, i, j) for i, row in enumerate(values) for j, v in enumerate(row) if v is not None), default=None)
+    if least_is_best and best is not None:
+        _, i, j = best
+        frame = {"type": "rect", "x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5}
+        made["layout"]["shapes"] = [frame | {"line": {"color": COLORS[5], "width": 3}}]
+    return made
+
+
+def trial_map(trials: Sequence[Mapping[str, Any]], metric: str, title: str, *, x: str, y: str) -> Figure | None:
+    """Returns a heat map of trials over two of their settings, the best one framed; None unless both vary.
+
+    Each cell is the best of the trials that share it (of several learning rates, say), as a person would choose.
+
+    Args:
+        trials: a mapping a trial, which holds the settings `x` and `y` and the value `metric`, of which less is better.
+        metric: the key of the value.
+        title: what the value is.
+        x: the key of the setting along the horizontal axis, as `lora_rank`.
+        y: the key of the one along the vertical axis, as `lora_alpha`.
+    """
+    cells: dict[tuple[float, float], float] = {}
+    for trial in trials:
+        across, up, value = (number(trial.get(key)) for key in (x, y, metric))
+        if across is not None and up is not None and value is not None:
+            cells[across, up] = min(value, cells.get((across, up), value))
+    columns, rows = (sorted({place[i] for place in cells}) for i in (0, 1))
+    if len(columns) < 2 or len(rows) < 2:
+        return None
+    values = [[cells.get((column, row)) for column in columns] for row in rows]
+    names = [[f"{v:g}" for v in axis] for axis in (columns, rows)]
+    return heat_map(values, names[0], names[1], title, x=x.replace("_", " "), y=y.replace("_", " "), least_is_best=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_dist.evaluate import scored_sections, trained_sections
+from qlora_dist.evaluate import scored_sections, sweep_sections, trained_sections
 from qlora_dist.evaluate.page import Section, Table, is_scalar, union_table
 from qlora_dist.evaluate.summary import RunView, mappings, number
 
@@ -21,6 +21,7 @@ def report_sections(run: RunView) -> list[Section]:
         scored_sections.matrix(run),
         scored_sections.examples(run),
         scored_sections.further(run),
+        sweep_sections.sweep(run),
         trained_sections.curves(run),
         trained_sections.merge(run),
         trained_sections.certificate(run),

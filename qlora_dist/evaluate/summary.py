@@ -43,6 +43,7 @@ class RunView:
     comparisons: tuple[Row, ...] = ()
     verdict: Row = field(default_factory=dict)
     examples: tuple[Row, ...] = ()
+    sweep: Row = field(default_factory=dict)
     curves: dict[str, list[Row]] = field(default_factory=dict)
     circumstances: Row = field(default_factory=dict)
 
@@ -68,6 +69,7 @@ def view(summary: Mapping[str, Any]) -> RunView:
         comparisons=tuple(_rows(summary.get("comparisons"), "difference", "model", "domain", "metric")),
         verdict=mapping(summary.get("verdict")),
         examples=tuple(mappings(summary.get("examples"))),
+        sweep=mapping(summary.get("sweep")),
         curves={label: rows for label, rows in curves.items() if rows},
         circumstances={k: summary[k] for k in about if summary.get(k)},
     )

@@ -178,3 +178,34 @@ def test_energy_kept_by_rank_adds_up_the_spectrum(summary: dict[str, Any], tmp_p
     assert "| 1 | 0.6 |" in text
     assert "| 2 | 0.85 |" in text
     assert "| 4 | 1 |" in text
+
+
+def trials() -> list[dict[str, Any]]:
+    grid = [(4, 8, 1e-3, 2.5), (4, 16, 1e-3, 2.4), (8, 8, 1e-3, 2.3), (8, 8, 1e-4, 2.1), (8, 16, 1e-3, 2.6)]
+    keys = ("lora_rank", "lora_alpha", "learning_rate", "validation_loss")
+    return [{"label": f"t{i}", **dict(zip(keys, values, strict=True))} for i, values in enumerate(grid)]
+
+
+def test_trials_of_a_sweep_are_a_table_and_a_map_of_rank_by_alpha_with_the_best_framed(
+    summary: dict[str, Any], tmp_path: Path
+) -> None:
+    summary["sweep"] = {"trials": trials()}
+    (section,) = [s for s in report_sections(view(summary)) if s.title == "Sweep"]
+    (table,), ((name, figure),) = section.tables, section.figures
+    assert name == "sweep-rank-alpha"
+    assert table.columns == ["trial", "lora_rank", "lora_alpha", "learning_rate", "validation_loss"]
+    assert len(table.rows) == 5
+    (cells,) = figure["data"]
+    assert (cells["x"], cells["y"]) == (["4", "8"], ["8", "16"])
+    assert cells["z"] == [[2.5, 2.1], [2.4, 2.6]], "of two learning rates the better one"
+    (frame,) = figure["layout"]["shapes"]
+    assert (frame["x0"], frame["x1"], frame["y0"], frame["y1"]) == (0.5, 1.5, -0.5, 0.5)
+    go.Figure(figure)
+    assert "| t3 | 8 | 8 | 0.0001 | 2.1 |" in (render(summary, tmp_path), (tmp_path / "report.md").read_text())[1]
+
+
+def test_sweep_over_one_setting_has_a_table_and_no_map(summary: dict[str, Any]) -> None:
+    summary["sweep"] = {"trials": [t for t in trials() if t["lora_alpha"] == 8]}
+    (section,) = [s for s in report_sections(view(summary)) if s.title == "Sweep"]
+    assert section.tables
+    assert section.figures == []
