@@ -163,30 +163,32 @@ class JsonlSink:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-_sinks: list[Sink] = []
+_sinks: dict[str, list[Sink]] = {}
+"""The open sinks, by the lane whose values they take; "" where there is but one."""
 
 
 @contextmanager
-def sinks(*added: Sink) -> Iterator[None]:
-    """Sends what `log_metrics` is given to these sinks too, inside the `with` block."""
-    _sinks.extend(added)
+def sinks(*added: Sink, lane: str = "") -> Iterator[None]:
+    """Sends what `log_metrics` is given for `lane` to these sinks too, inside the `with` block."""
+    opened = _sinks.setdefault(lane, [])
+    opened.extend(added)
     try:
         yield
     finally:
         for sink in added:
-            _sinks.remove(sink)
+            opened.remove(sink)
 
 
-def log_metrics(step: int, values: Mapping[str, float]) -> None:
-    """Sends the values of one step to every open sink, from rank 0 alone."""
+def log_metrics(step: int, values: Mapping[str, float], lane: str = "") -> None:
+    """Sends the values of one step to every open sink of `lane`, from rank 0 alone."""
     if rank() == 0:
-        for sink in _sinks:
+        for sink in _sinks.get(lane, []):
             sink.log(step, values)
 
 
-def log_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Sends a table to every open sink that takes tables, from rank 0 alone."""
+def log_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], lane: str = "") -> None:
+    """Sends a table to every open sink of `lane` that takes tables, from rank 0 alone."""
     if rank() == 0:
-        for sink in _sinks:
+        for sink in _sinks.get(lane, []):
             if isinstance(sink, TableSink):
                 sink.log_table(name, columns, rows)

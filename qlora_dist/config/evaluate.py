@@ -29,6 +29,7 @@ class Gate(Enum):
 class EvaluateConfig:
     """Which held-out split is scored and how much of it, how many questions are put, what a model must reach.
 
+    Up to `models_per_job` models are scored in one job, on one loaded base.
     `min_gain` and `max_forgetting` are in bits per byte, against the base: on each domain, and on `general`.
     """
 
@@ -39,6 +40,7 @@ class EvaluateConfig:
     lm_eval_tasks: list[str] = setting(list)
     lm_eval_folder: str = execution("")
     batch_tokens: int = execution(4096, at_least=8)
+    models_per_job: int = execution(16, at_least=1)
     gate: Gate = execution(Gate.report)
     min_gain: float = execution(0.0, at_least=0)
     max_forgetting: float = execution(0.1, at_least=0)

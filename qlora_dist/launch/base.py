@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from qlora_dist.pipeline.plan import PLAN, Node, Plan
-from qlora_dist.pipeline.stages import STAGES
+from qlora_dist.errors import Preempted
 
 
 class State(Enum):
@@ -37,20 +37,55 @@ class State(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class Job:
-    """A command line that makes one node, what it needs of a machine, and the jobs it comes after."""
+    """A command line that makes some nodes, what it needs of a machine, and the jobs it comes after.
+
+    A job with `any_node` starts once those before it have ended, though some may have failed: it makes those of its
+    nodes whose inputs are there. Any other is skipped when one before it is not good.
+    """
 
     name: str
     argv: list[str]
     log: Path
+    nodes: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
+    any_node: bool = False
+    needs: list[list[Path]] = field(default_factory=list)
+    """The folders that each of its nodes reads."""
+    words: list[Path] = field(default_factory=list)
+    """Where each of its nodes leaves word of a failure."""
     environment: dict[str, str] = field(default_factory=dict)
     cores: int = 1
     gpus: int = 0
     memory_bytes: int = 0
 
+    def can_start(self, before: Iterable[State]) -> bool | None:
+        """Says whether it may start after jobs in these states: yes, never (False), or not yet (None)."""
+        states = list(before)
+        if not self.any_node and any(state.has_ended and not state.is_good for state in states):
+            return False
+        if not all(state.has_ended for state in states):
+            return None
+        if all(state.is_good for state in states):
+            return True
+        return any(all(folder.exists() for folder in folders) for folders in self.needs)
+
+    def exit_code(self, code: int) -> int:
+        """Returns how it ended: what its nodes left word of, else the process's own exit code.
+
+        torchrun answers 1 whatever its processes answered, so words come first, and `75`, run me again, before others.
+        """
+        if code == 0:
+            return 0
+        told = []
+        for word in self.words:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                told.append(int(json.loads(word.read_text(encoding="utf-8"))["exit_code"]))
+        again = Preempted.exit_code
+        return again if again in told else next(iter(told), code)
+
 
 class Launcher(Protocol):
-    """Runs jobs somewhere. A job starts when those it comes after are good, and is skipped when one is not."""
+    """Runs jobs somewhere. `Job.can_start` says when, and whether at all, a job starts."""
 
     def submit(self, job: Job) -> None:
         """Takes a job; those named in `job.after` were submitted before, or are finished already."""
@@ -69,35 +104,3 @@ class Machine:
     cores: int
     memory_bytes: int
     gpus: int = 0
-
-
-LIGHT_BYTES = 600 << 20
-"""Memory of a node without torch: measured 0.2 to 0.5 GiB."""
-HEAVY_BYTES = 1400 << 20
-"""Memory of a node with torch and transformers, before its model: measured 0.9 to 1.2 GiB."""
-
-
-def make_job(plan: Plan, node: Node, machine: Machine, model_bytes: int) -> Job:
-    """Makes the job of one node: its argv (under torchrun for several processes), and what it needs.
-
-    Cores depend on the plan and the machine alone, never on what else runs: on a CPU, the number of threads
-    is part of what makes a run repeatable to the bit.
-    """
-    stage = STAGES[node.stage]
-    width = sum(other.stage == node.stage for other in plan.nodes)
-    cores = max(1, machine.cores // width) if stage.loads_model else 1
-    gpus = min(node.world_size, machine.gpus) if stage.loads_model else 0
-    worker = ["-m", "qlora_dist.pipeline", str(plan.folder / PLAN), node.id]
-    if node.world_size > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={node.world_size}"]
-        worker = [*torchrun, *worker]
-    return Job(
-        name=node.name,
-        argv=[sys.executable, *worker],
-        log=plan.log_path(node),
-        after=[plan.node(artifact_id).name for artifact_id in node.inputs.values()],
-        environment={"OMP_NUM_THREADS": str(max(1, cores // node.world_size))},
-        cores=cores,
-        gpus=gpus,
-        memory_bytes=(HEAVY_BYTES + 2 * model_bytes) * node.world_size if stage.loads_model else LIGHT_BYTES,
-    )

@@ -14,7 +14,8 @@ from rich.text import Text
 from qlora_dist.artifacts.owner import OwnedError, describe, owned
 from qlora_dist.config.run import RunConfig
 from qlora_dist.errors import ArtifactError, LaunchError
-from qlora_dist.launch.base import Launcher, Machine, State, make_job
+from qlora_dist.launch.base import Launcher, Machine, State
+from qlora_dist.launch.jobs import make_jobs, node_states
 from qlora_dist.launch.local import LocalLauncher, this_machine
 from qlora_dist.launch.screen import Screen, clock, plan_table
 from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed
@@ -66,21 +67,22 @@ def _drive(plan: Plan, launcher_on: Callable[[Machine], Launcher], cached: dict[
     states = {name: State.cached for name, is_cached in cached.items() if is_cached}
     to_run = [node for node in plan.nodes if not cached[node.name]]
     console.print(f"{len(to_run)} of {len(plan.nodes)} nodes to run; logs in {plan.folder / 'logs'}")
+    jobs = make_jobs(plan, to_run, machine, _model_bytes(plan))
     started = time.monotonic()
     interrupted = False
     with Screen(plan, console) as screen:
         screen.update(states)
         try:
-            for node in to_run:
-                launcher.submit(make_job(plan, node, machine, _model_bytes(plan)))
+            for job in jobs:
+                launcher.submit(job)
             while not all(state.has_ended for state in states.values()) or len(states) < len(plan.nodes):
-                states |= launcher.poll()
+                states |= node_states(plan, jobs, launcher.poll())
                 screen.update(states)
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             interrupted = True
             launcher.cancel()
-            states |= launcher.poll()
+            states |= node_states(plan, jobs, launcher.poll())
             screen.update(states)
         except BaseException:
             launcher.cancel()

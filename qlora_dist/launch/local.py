@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import psutil
 from qlora_dist.errors import Preempted
 from qlora_dist.launch.base import Job, Machine, State
 from qlora_dist.pipeline.__main__ import LAUNCHER_VARIABLE
-from qlora_dist.runtime import PROGRESS_VARIABLE
 
 GRACE_S = 15.0
 """How long a job may take to end after SIGTERM, before SIGKILL."""
@@ -66,10 +64,10 @@ class LocalLauncher:
                 self._gpus.pop(name, None)
         for name in [n for n, state in self._states.items() if state is State.waiting]:
             job = self._jobs[name]
-            before = [self._states.get(other, State.cached) for other in job.after]
-            if any(state.has_ended and not state.is_good for state in before):
+            can_start = job.can_start(self._states.get(other, State.cached) for other in job.after)
+            if can_start is False:
                 self._states[name] = State.skipped
-            elif all(state.is_good for state in before) and self._fits(job):
+            elif can_start and self._fits(job):
                 self._start(job)
         return dict(self._states)
 
@@ -88,21 +86,12 @@ class LocalLauncher:
         self._states |= {n: State.cancelled for n, state in self._states.items() if state is State.waiting}
 
     def _end_of(self, name: str, code: int) -> State:
-        """Reads a job's end; one that stopped with a checkpoint waits to be run again.
-
-        torchrun answers 1 whatever its processes answered, so what the job left beside its log counts first.
-        """
-        if code == 0:
-            return State.done
-        with contextlib.suppress(OSError, ValueError):
-            code = json.loads(self._failure(name).read_text(encoding="utf-8"))["exit_code"]
+        """Reads a job's end; one that stopped with a checkpoint waits to be run again."""
+        code = self._jobs[name].exit_code(code)
         if code != Preempted.exit_code:
-            return State.failed
+            return State.failed if code else State.done
         self._lives[name] = self._lives.get(name, 0) + 1
         return State.waiting if self._lives[name] < MOST_LIVES else State.failed
-
-    def _failure(self, name: str) -> Path:
-        return self._jobs[name].log.with_suffix(".failed.json")
 
     def _fits(self, job: Job) -> bool:
         running = [self._jobs[name] for name in self._processes]
@@ -117,11 +106,9 @@ class LocalLauncher:
 
     def _start(self, job: Job) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        progress = job.log.with_suffix(".progress.json")
-        progress.unlink(missing_ok=True)
-        self._failure(job.name).unlink(missing_ok=True)
-        environment = os.environ | job.environment | {PROGRESS_VARIABLE: str(progress)}
-        environment |= {LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        for word in job.words:
+            word.unlink(missing_ok=True)
+        environment = os.environ | job.environment | {LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         if job.gpus:
             taken = {gpu for gpus in self._gpus.values() for gpu in gpus}
             self._gpus[job.name] = [gpu for gpu in visible_gpus() if gpu not in taken][: job.gpus]

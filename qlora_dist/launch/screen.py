@@ -90,7 +90,7 @@ class Screen:
         self._console.print(Text(line, style=STYLES[state]), soft_wrap=True)
 
     def _values(self, name: str) -> dict[str, str]:
-        progress = _read(self._plan.log_path(self._plan.node(name)).with_suffix(".progress.json"))
+        progress = _read(self._plan.progress_path(self._plan.node(name)))
         if not progress:
             return {}
         loss, speed = progress.get("loss"), progress.get("tokens_per_s")

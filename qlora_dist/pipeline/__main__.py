@@ -19,7 +19,7 @@ LAUNCHER_VARIABLE = "QLORA_DIST_LAUNCHER"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the named nodes one after another and returns the first non-zero exit code."""
+    """Runs the named nodes and returns the first non-zero exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_dist.pipeline", description="Run nodes of a frozen plan.")
     parser.add_argument("plan", type=Path, help="the plan.json of a run")
     parser.add_argument("nodes", nargs="+", metavar="node", help="<stage>/<label>, as plan_only=true lists them")
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     quiet_libraries()
     _watch_launcher()
+    from qlora_dist.pipeline.group import run_nodes
     from qlora_dist.pipeline.plan import read_plan
-    from qlora_dist.pipeline.run import run_and_report
 
     try:
         plan = read_plan(args.plan)
@@ -37,11 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    for node in nodes:
-        code = run_and_report(plan, node)
-        if code:
-            return code
-    return 0
+    return run_nodes(plan, nodes)
 
 
 def _watch_launcher() -> None:

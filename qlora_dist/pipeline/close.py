@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from qlora_dist.config.evaluate import EvaluateConfig
 from qlora_dist.errors import disk_error
 from qlora_dist.pipeline.plan import Node, Plan
-from qlora_dist.pipeline.run import circumstances, failure_path
+from qlora_dist.pipeline.run import circumstances
 from qlora_dist.runtime import write_json
 
 SUMMARY = "summary.json"
@@ -154,7 +154,7 @@ def ending_of(plan: Plan, node: Node, state: str, seconds: float) -> Ending:
         return Ending(state, seconds)
     log = plan.log_path(node)
     try:
-        message = json.loads(failure_path(plan, node).read_text(encoding="utf-8"))["message"]
+        message = json.loads(plan.failure_path(node).read_text(encoding="utf-8"))["message"]
     except (OSError, ValueError):
         if shutil.disk_usage(plan.root).free < FULL_BYTES:
             return Ending(state, seconds, str(disk_error(OSError(errno.ENOSPC, ""), plan.root)))

@@ -116,7 +116,9 @@ class _Planner:
         if evaluate.max_answers:
             inputs |= {"tokenizer": self.tokenizer}
             inputs |= {f"splits-{domain}": node for domain, node in self.splits.items()}
-        return self.plan.add("scores", name, config, inputs=inputs)
+        scored = sum(node.stage == "scores" for node in self.plan.nodes)
+        group = "" if full else f"models-{scored // evaluate.models_per_job}"
+        return self.plan.add("scores", name, config, inputs=inputs, group=group)
 
     def _splits(self, name: str) -> Node:
         domain = self.domains[name]

@@ -23,7 +23,10 @@ PLAN = "plan.json"
 
 @dataclass(kw_only=True, slots=True)
 class Node:
-    """One stage for one label: what it is told, what it reads, and the key of what it makes."""
+    """One stage for one label: what it is told, what it reads, and the key of what it makes.
+
+    Nodes of one stage with the same `group` share a job: one process that makes them all.
+    """
 
     stage: str
     label: str
@@ -33,6 +36,7 @@ class Node:
     inputs: dict[str, str] = field(default_factory=dict)
     leaves: dict[str, str] = field(default_factory=dict)
     world_size: int = 1
+    group: str = ""
 
     @property
     def id(self) -> str:
@@ -43,6 +47,11 @@ class Node:
     def name(self) -> str:
         """The node's name in this plan: `<stage>/<label>`."""
         return f"{self.stage}/{self.label}"
+
+    @property
+    def job(self) -> str:
+        """The name of the job that makes it: its own, or its group's: `<stage>+<group>`."""
+        return f"{self.stage}+{self.group}" if self.group else self.name
 
     def told(self) -> Any:
         """Rebuilds the stage's config dataclass from the plan's plain values."""
@@ -77,8 +86,22 @@ class Plan:
         return Path(self.root) / self.experiment
 
     def log_path(self, node: Node) -> Path:
-        """Returns the log file of a node."""
-        return self.folder / "logs" / f"{node.stage}-{node.label}.log"
+        """Returns the log file of the job that makes a node."""
+        return self.folder / "logs" / f"{node.job.replace('/', '-')}.log"
+
+    def progress_path(self, node: Node) -> Path:
+        """Returns where a node says how far it is; nodes that are made jointly say it together."""
+        together = bool(node.group and STAGES[node.stage].joint)
+        name = node.job if together else node.name
+        return self.folder / "logs" / f"{name.replace('/', '-')}.progress.json"
+
+    def failure_path(self, node: Node) -> Path:
+        """Returns where a failing node leaves word of why."""
+        return self.folder / "logs" / f"{node.stage}-{node.label}.failed.json"
+
+    def has_inputs(self, node: Node) -> bool:
+        """Says that everything a node reads is finished."""
+        return all(self.store.folder(artifact_id).exists() for artifact_id in node.inputs.values())
 
     def node(self, name_or_id: str) -> Node:
         """Finds a node by its name or its artifact's id.
@@ -103,6 +126,7 @@ class Plan:
         inputs: Mapping[str, Node] | None = None,
         leaves: Mapping[str, str] | None = None,
         world_size: int = 1,
+        group: str = "",
     ) -> Node:
         """Adds a node, unless it is there already, and returns it; its key follows from its recipe and its inputs."""
         inputs = inputs or {}
@@ -118,6 +142,7 @@ class Plan:
             inputs={name: node.id for name, node in inputs.items()},
             leaves=dict(leaves or {}),
             world_size=world_size,
+            group=group,
         )
         there = self._index.setdefault(node.name, node)
         assert there.key == key, f"two nodes are called {node.name}"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from qlora_dist.config.evaluate import TrackingConfig, TrackingName
 from qlora_dist.errors import QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
-from qlora_dist.runtime import Facts, clear, log, rank, sinks, world_size, write_json
+from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, rank, sinks, world_size, write_json
 
 
 def run_node(plan: Plan, node: Node) -> None:
@@ -34,31 +34,46 @@ def run_node(plan: Plan, node: Node) -> None:
         QloraDistError: whatever the stage found wrong, or a full disk.
     """
     store = plan.store
-    with _ownership(plan, node) as is_mine:
+    with ownership(plan, node) as is_mine:
         if not is_mine or store.is_finished(node.id):
             log.info("%s is finished: nothing to do", node.name)
             return
-        out = store.partial(node.id)
-        if rank() == 0 and not STAGES[node.stage].resumes:
-            clear(out)
+        out = begin(plan, node)
         started = time.monotonic()
         try:
             facts = _work(plan, node, out)
             if rank() == 0:
-                store.commit(_manifest(plan, node, facts, time.monotonic() - started))
+                store.commit(manifest_of(plan, node, facts, time.monotonic() - started))
         except OSError as error:
             raise disk_error(error, out) or error from error
 
 
+def begin(plan: Plan, node: Node) -> Path:
+    """Readies the folder in which a node is made, and where it says how far it is."""
+    out, progress = plan.store.partial(node.id), plan.progress_path(node)
+    if rank() == 0:
+        progress.unlink(missing_ok=True)
+        if not STAGES[node.stage].resumes:
+            clear(out)
+    os.environ[PROGRESS_VARIABLE] = str(progress)
+    return out
+
+
 def _work(plan: Plan, node: Node, out: Path) -> Facts:
-    stage = STAGES[node.stage]
+    with tracked(plan, node):
+        return STAGES[node.stage].load()(node.told(), plan.store.inputs(node.inputs), out)
+
+
+@contextmanager
+def tracked(plan: Plan, node: Node, lane: str = "") -> Iterator[None]:
+    """Sends what the node logs to the run's tracker, inside the `with` block, if its stage is one that is tracked."""
     with ExitStack() as stack:
-        if stage.is_tracked:
-            _track(plan, node, stack)
-        return stage.load()(node.told(), plan.store.inputs(node.inputs), out)
+        if STAGES[node.stage].is_tracked:
+            _track(plan, node, lane, stack)
+        yield
 
 
-def _track(plan: Plan, node: Node, stack: ExitStack) -> None:
+def _track(plan: Plan, node: Node, lane: str, stack: ExitStack) -> None:
     told = plan.config["tracking"]
     tracking = TrackingConfig(**{**told, "name": TrackingName[told["name"]]})
     if tracking.name is TrackingName.none:
@@ -75,11 +90,11 @@ def _track(plan: Plan, node: Node, stack: ExitStack) -> None:
         folder=plan.folder,
     )
     if sink := stack.enter_context(tracker):
-        stack.enter_context(sinks(sink))
+        stack.enter_context(sinks(sink, lane=lane))
 
 
 @contextmanager
-def _ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
+def ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
     """Owns the node's `.partial` folder, on rank 0; waits while another live process makes the same artifact."""
     store, partial = plan.store, plan.store.partial(node.id)
     job = f"{plan.experiment}: {node.name}{_torchrun()}"
@@ -110,7 +125,8 @@ def _torchrun() -> str:
     return f" ({':'.join(os.environ.get(name, '') for name in names)})" if world_size() > 1 else ""
 
 
-def _manifest(plan: Plan, node: Node, facts: Facts, seconds: float) -> Manifest:
+def manifest_of(plan: Plan, node: Node, facts: Facts, seconds: float) -> Manifest:
+    """Writes down what a node made, from what and how."""
     return Manifest(
         stage=node.stage,
         label=node.label,
@@ -159,36 +175,43 @@ def _commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def failure_path(plan: Plan, node: Node) -> Path:
-    """Returns where a failing node leaves word of why."""
-    return plan.log_path(node).with_suffix(".failed.json")
-
-
 def run_and_report(plan: Plan, node: Node) -> int:
-    """Runs a node and returns its exit code; a failure is printed and left in `failure_path`."""
-    if world_size() == 1:
-        failure_path(plan, node).unlink(missing_ok=True)
-    try:
+    """Runs a node and returns its exit code; a failure is printed and left in `plan.failure_path`."""
+
+    def work() -> int:
         run_node(plan, node)
+        return 0
+
+    return reporting(plan, [node], work)
+
+
+def reporting(plan: Plan, nodes: Sequence[Node], work: Callable[[], int]) -> int:
+    """Does the work of some nodes and returns its exit code; what it raises is printed and left for each of them."""
+    for node in nodes:
+        if world_size() == 1:
+            plan.failure_path(node).unlink(missing_ok=True)
+    try:
+        return work()
     except QloraDistError as error:
-        return _leave_word(plan, node, str(error), error.exit_code)
+        message, code = str(error), error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}. This is a fault of the program, not yours: see the log."
-        return _leave_word(plan, node, message, 1)
-    return 0
-
-
-def _leave_word(plan: Plan, node: Node, message: str, code: int) -> int:
-    """Prints the failure and leaves it for the launcher; of several failing ranks the first one's stays."""
+        code = 1
     print(f"error: {message}", file=sys.stderr)
-    final = failure_path(plan, node)
+    for node in nodes:
+        leave_word(plan, node, message, code)
+    return code
+
+
+def leave_word(plan: Plan, node: Node, message: str, code: int) -> None:
+    """Leaves word of a failure for the launcher; of several failing ranks the first one's stays."""
+    final = plan.failure_path(node)
     aside = final.with_name(f"{final.name}.{rank()}")
     with contextlib.suppress(OSError):  # the disk may be what failed; the first rank's word may be there
         final.parent.mkdir(parents=True, exist_ok=True)
         write_json(aside, {"node": node.name, "message": message, "exit_code": code, "rank": rank()})
         final.hardlink_to(aside)
     aside.unlink(missing_ok=True)
-    return code

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.config import stages as told
+from qlora_dist.errors import QloraDistError
 from qlora_dist.runtime import Facts
 
 StageFunction = Callable[[Any, Mapping[str, Path], Path], Facts]
+JointFunction = Callable[
+    [Mapping[str, Any], Mapping[str, Mapping[str, Path]], Mapping[str, Path]], Mapping[str, Facts | QloraDistError]
+]
+"""Makes several nodes of one stage at once: configs, inputs and output folders by label; answers by label with the
+facts, or with the error that ended that one alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,7 @@ class Stage:
     config: type
     function: str
     version: int = 1
+    joint: str = ""
     loads_model: bool = False
     resumes: bool = False
     is_tracked: bool = False
@@ -30,6 +37,12 @@ class Stage:
         """Imports the stage's function, and with it the libraries it needs."""
         module, name = self.function.split(":")
         function: StageFunction = getattr(import_module(module), name)
+        return function
+
+    def load_joint(self) -> JointFunction:
+        """Imports the function that makes several nodes of one group at once."""
+        module, name = self.joint.split(":")
+        function: JointFunction = getattr(import_module(module), name)
         return function
 
 

@@ -19,6 +19,8 @@ INIT_TIMEOUT_S = 30.0
 """How long a server may take to answer before the run is logged offline."""
 
 log = logging.getLogger("qlora_dist")
+_open: list[str] = []
+"""The ids of this process's open runs: lanes that train together have one each."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -60,13 +62,16 @@ def open_run(run: Run, *, project: str, folder: Path, online: bool) -> Iterator[
     """
     os.environ.setdefault("WANDB_SILENT", "true")  # the log-in speaks before any run's settings are read
     opened = _start(run, project, folder, online=online)
+    _open.append(run.run_id)
     code = 1
     try:
         yield WandbSink(opened)
         code = 0
     finally:
         opened.finish(exit_code=code)
-        wandb.teardown()  # ends W&B's own process, which else goes on holding the run's id
+        _open.remove(run.run_id)
+        if not _open:
+            wandb.teardown()  # ends W&B's own process, which else goes on holding the run's id
 
 
 def _start(run: Run, project: str, folder: Path, *, online: bool) -> Any:
@@ -106,6 +111,6 @@ def _init(run: Run, project: str, folder: Path, mode: Literal["online", "offline
         config=dict(run.recipe),
         resume="allow" if mode == "online" else None,  # offline, the id alone joins the segments on upload
         mode=mode,
-        reinit="finish_previous",
+        reinit="create_new",
         settings=settings,
     )

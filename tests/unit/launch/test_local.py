@@ -138,7 +138,9 @@ if not os.path.exists({str(mark)!r}):
     open({str(word)!r}, "w").write('{{"exit_code": 75}}')
     sys.exit(1)
 """
-    launcher.submit(job(tmp_path, "a", code))
+    again = job(tmp_path, "a", code)
+    again.words = [word]
+    launcher.submit(again)
     assert finish(launcher) == {"a": State.done}
 
 

@@ -15,7 +15,7 @@ import pytest
 from qlora_dist.config.stages import TokenizerConfig
 from qlora_dist.errors import DataError
 from qlora_dist.pipeline.plan import Plan
-from qlora_dist.pipeline.run import failure_path, run_and_report
+from qlora_dist.pipeline.run import run_and_report
 from qlora_dist.pipeline.stages import STAGES, Stage
 
 
@@ -34,7 +34,7 @@ def node(tmp_path: Path, monkeypatch):
     class Case:
         made = plan.store.folder(plan.nodes[0].id)
         partial = plan.store.partial(plan.nodes[0].id)
-        failed = failure_path(plan, plan.nodes[0])
+        failed = plan.failure_path(plan.nodes[0])
 
         def does(self, function, resumes=False):
             stage = Stage("tokenizer", TokenizerConfig, "unused:unused", resumes=resumes)

@@ -1,0 +1,83 @@
+"""From a plan's nodes to the jobs that make them, and from the jobs' states back to the nodes'."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from graphlib import TopologicalSorter
+
+from qlora_dist.launch.base import Job, Machine, State
+from qlora_dist.pipeline.plan import PLAN, Node, Plan
+from qlora_dist.pipeline.stages import STAGES
+
+LIGHT_BYTES = 600 << 20
+"""Memory of a node without torch: measured 0.2 to 0.5 GiB."""
+HEAVY_BYTES = 1400 << 20
+"""Memory of a node with torch and transformers, before its model: measured 0.9 to 1.2 GiB."""
+
+
+def make_jobs(plan: Plan, to_run: Iterable[Node], machine: Machine, model_bytes: int) -> list[Job]:
+    """Makes a job of each node, or of each group of nodes, in an order in which each comes after what it needs.
+
+    Cores depend on the plan and the machine alone, never on what else runs: on a CPU, the number of threads
+    is part of what makes a run repeatable to the bit.
+    """
+    grouped: dict[str, list[Node]] = {}
+    for node in to_run:
+        grouped.setdefault(node.job, []).append(node)
+    widths = {stage: len({node.job for node in plan.nodes if node.stage == stage}) for stage in STAGES}
+    jobs = {}
+    for name, nodes in grouped.items():
+        cores = max(1, machine.cores // widths[nodes[0].stage]) if STAGES[nodes[0].stage].loads_model else 1
+        jobs[name] = _make_job(plan, nodes, machine, cores, model_bytes)
+    for job in jobs.values():
+        several = len(job.nodes) > 1 or any(len(jobs[other].nodes) > 1 for other in job.after if other in jobs)
+        job.any_node = several
+    order = TopologicalSorter({name: [other for other in job.after if other in jobs] for name, job in jobs.items()})
+    return [jobs[name] for name in order.static_order()]
+
+
+def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, model_bytes: int) -> Job:
+    first, stage = nodes[0], STAGES[nodes[0].stage]
+    ranks = first.world_size
+    worker = ["-m", "qlora_dist.pipeline", str(plan.folder / PLAN), *(node.id for node in nodes)]
+    if ranks > 1:
+        worker = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker]
+    before = (plan.node(artifact_id).job for node in nodes for artifact_id in node.inputs.values())
+    return Job(
+        name=first.job,
+        argv=[sys.executable, *worker],
+        log=plan.log_path(first),
+        nodes=[node.name for node in nodes],
+        after=[name for name in dict.fromkeys(before) if name != first.job],
+        needs=[[plan.store.folder(artifact_id) for artifact_id in node.inputs.values()] for node in nodes],
+        words=[plan.failure_path(node) for node in nodes],
+        environment={"OMP_NUM_THREADS": str(max(1, cores // ranks))},
+        cores=cores,
+        gpus=min(ranks, machine.gpus) if stage.loads_model else 0,
+        memory_bytes=(HEAVY_BYTES + 2 * model_bytes) * ranks if stage.loads_model else LIGHT_BYTES,
+    )
+
+
+def node_states(plan: Plan, jobs: Iterable[Job], states: Mapping[str, State]) -> dict[str, State]:
+    """Returns the state of each node of the jobs: where a job makes several, by what is there of each."""
+    found = {}
+    for job in jobs:
+        state = states.get(job.name, State.waiting)
+        if len(job.nodes) == 1:
+            found[job.nodes[0]] = state
+        else:
+            found |= {name: _state_within(plan, plan.node(name), state) for name in job.nodes}
+    return found
+
+
+def _state_within(plan: Plan, node: Node, job: State) -> State:
+    if job in (State.waiting, State.skipped):
+        return job
+    if plan.store.folder(node.id).exists():
+        return State.done
+    if plan.failure_path(node).exists() and job is not State.cancelled:
+        return State.failed
+    if job is State.failed and not plan.has_inputs(node):
+        return State.skipped
+    return job

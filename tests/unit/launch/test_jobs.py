@@ -1,0 +1,72 @@
+"""Jobs of a plan: nodes of a group share one, and each node's state is told from what is there."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_dist.config.stages import RowsConfig, TokenizerConfig
+from qlora_dist.launch.base import Job, Machine, State
+from qlora_dist.launch.jobs import make_jobs, node_states
+from qlora_dist.pipeline.plan import Plan
+
+MACHINE = Machine(cores=4, memory_bytes=1 << 40, gpus=2)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    plan = Plan(experiment="test", root=str(tmp_path), command="", config={})
+    one = plan.add("tokenizer", "one", TokenizerConfig(path="one"))
+    early = plan.add("rows", "early", RowsConfig(row_tokens=8), inputs={"tokenizer": one}, group="all")
+    two = plan.add("tokenizer", "two", TokenizerConfig(path="two"), inputs={"one": one})
+    plan.add("rows", "late", RowsConfig(row_tokens=16), inputs={"tokenizer": two}, group="all")
+    plan.add("splits", "reader", TokenizerConfig(), inputs={"rows": early})
+    (plan.folder / "logs").mkdir(parents=True)
+    return plan
+
+
+def test_a_group_is_one_job_that_comes_after_all_it_needs(plan):
+    jobs = make_jobs(plan, plan.nodes, MACHINE, 0)
+    assert [job.name for job in jobs] == ["tokenizer/one", "tokenizer/two", "rows+all", "splits/reader"]
+    group = jobs[2]
+    assert group.nodes == ["rows/early", "rows/late"]
+    assert group.after == ["tokenizer/one", "tokenizer/two"]
+    assert group.argv[-2:] == [plan.node("rows/early").id, plan.node("rows/late").id]
+    assert [job.any_node for job in jobs] == [False, False, True, True]
+
+
+def test_a_finished_node_of_a_group_is_not_in_its_job(plan):
+    to_run = [node for node in plan.nodes if node.label != "early"]
+    jobs = {job.name: job for job in make_jobs(plan, to_run, MACHINE, 0)}
+    assert jobs["rows+all"].nodes == ["rows/late"]
+
+
+def test_states_within_a_job_are_told_from_what_is_there(plan):
+    jobs = make_jobs(plan, plan.nodes, MACHINE, 0)
+    early, late = plan.node("rows/early"), plan.node("rows/late")
+    states = {job.name: State.done for job in jobs} | {"rows+all": State.running}
+    assert node_states(plan, jobs, states)["rows/late"] is State.running
+    plan.store.folder(early.id).mkdir(parents=True)
+    assert node_states(plan, jobs, states)["rows/early"] is State.done
+    states["rows+all"] = State.failed
+    assert node_states(plan, jobs, states)["rows/late"] is State.skipped
+    plan.store.folder(plan.node("tokenizer/two").id).mkdir(parents=True)
+    assert node_states(plan, jobs, states)["rows/late"] is State.failed
+    plan.failure_path(late).write_text("{}")
+    assert node_states(plan, jobs, states) | {"rows/late": State.failed} == node_states(plan, jobs, states)
+
+
+def test_a_job_of_several_starts_when_one_of_its_nodes_can_be_made(tmp_path):
+    there, absent = tmp_path / "there", tmp_path / "absent"
+    there.mkdir()
+    job = Job(name="j", argv=[], log=tmp_path / "log", any_node=True, needs=[[there], [there, absent]])
+    assert job.can_start([State.done, State.running]) is None
+    assert job.can_start([State.done, State.failed]) is True
+    there.rmdir()
+    assert job.can_start([State.done, State.failed]) is False
+
+
+def test_a_job_of_one_is_skipped_as_soon_as_one_before_it_is_not_good(tmp_path):
+    job = Job(name="j", argv=[], log=tmp_path / "log")
+    assert job.can_start([State.failed, State.running]) is False
+    assert job.can_start([State.done, State.waiting]) is None
+    assert job.can_start([State.done, State.cached]) is True
