@@ -6,21 +6,25 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_dist.config.model import Quantization
 from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Method, StrategyName
-from qlora_dist.model.adapter import Provenance, save_adapter, write_provenance
+from qlora_dist.model.adapter import save_adapter, write_provenance
 from qlora_dist.model.lora import num_trainable
-from qlora_dist.model.weights import TOKENIZER_FILES, tokenizer_digest
+from qlora_dist.model.weights import TOKENIZER_FILES
 from qlora_dist.runtime import Facts, JsonlSink, clear, quiet_libraries, rank, sinks
-from qlora_dist.train.training import Training
+from qlora_dist.train.training import Training, provenance
+
+if TYPE_CHECKING:
+    from qlora_dist.train.meeting import Meeting
 
 METRICS_FILE = "metrics.jsonl"
 
 
-def train_adapter(config: AdapterConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
+def train_adapter(
+    config: AdapterConfig, inputs: Mapping[str, Path], out: Path, meeting: Meeting | None = None
+) -> Facts:
     """Trains one adapter and leaves a folder that `PeftModel.from_pretrained` loads, with its metrics.
 
     With several processes it runs on each of them, and rank 0 alone writes to `out`.
@@ -29,6 +33,7 @@ def train_adapter(config: AdapterConfig, inputs: Mapping[str, Path], out: Path) 
         config: base, shape of the adapter, recipe, seed.
         inputs: `base`, `tokenizer`, `rows`, and `validation` (rows) where there are held-out records.
         out: where the folder's files go; checkpoints of an earlier life there are continued.
+        meeting: where this training meets others that it is averaged with; not with `strategy=single`.
 
     Raises:
         TrainError: if the rows don't fit, the loss doesn't stay finite, or a check of the certificate fails.
@@ -36,10 +41,10 @@ def train_adapter(config: AdapterConfig, inputs: Mapping[str, Path], out: Path) 
     """
     quiet_libraries()
     training = Training.open(config, inputs, out)
-    train = _train_single if config.strategy.name is StrategyName.single else _train_lane
     started = time.monotonic()
     with sinks(JsonlSink(out / METRICS_FILE)):
-        facts = train(training)
+        is_single = config.strategy.name is StrategyName.single
+        facts = _train_single(training) if is_single else _train_lane(training, meeting)
     if rank() == 0:
         write_provenance(out, provenance(training, facts.get("validation_loss")))
     return facts | training_facts(training, time.monotonic() - started)
@@ -58,10 +63,10 @@ def _train_single(training: Training) -> Facts:
     return facts
 
 
-def _train_lane(training: Training) -> Facts:
+def _train_lane(training: Training, meeting: Meeting | None) -> Facts:
     from qlora_dist.train.engine import train_one_lane
 
-    return train_one_lane(training)
+    return train_one_lane(training, meeting)
 
 
 def save(training: Training, model: Any) -> None:
@@ -76,22 +81,6 @@ def save(training: Training, model: Any) -> None:
     for name in (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (training.tokenizer / name).exists():
             shutil.copyfile(training.tokenizer / name, out / name)
-
-
-def provenance(training: Training, validation_loss: float | None) -> Provenance:
-    """Returns what this training was of, as it stands beside the weights."""
-    config, base = training.config, training.base
-    full = config.train.method is Method.full
-    return Provenance(
-        base_path=base.path,
-        base_revision=base.revision,
-        base_digest=base.digest,
-        tokenizer_digest=tokenizer_digest(training.tokenizer),
-        quantization=Quantization.none.name if full else config.model.quantization.name,
-        dtype=config.model.compute_dtype.name,
-        trained_tokens=training.budget.num_steps * config.train.tokens_per_step,
-        validation_loss=validation_loss,
-    )
 
 
 def training_facts(training: Training, seconds: float) -> Facts:

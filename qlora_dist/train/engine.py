@@ -29,6 +29,7 @@ from qlora_dist.train.checks import (
 from qlora_dist.train.lanes import Lane, attach_lanes
 from qlora_dist.train.loop import Loop
 from qlora_dist.train.loss import LaneModel
+from qlora_dist.train.meeting import Exchange, Meeting
 from qlora_dist.train.memory import free_memory_bytes
 from qlora_dist.train.processes import joined
 from qlora_dist.train.step import Stepper
@@ -41,8 +42,8 @@ from qlora_dist.train.validation import row_losses
 CHECKPOINTS = "checkpoints"
 
 
-def train_one_lane(training: Training) -> Facts:
-    """Trains one adapter on all ranks and saves it from rank 0.
+def train_one_lane(training: Training, meeting: Meeting | None = None) -> Facts:
+    """Trains one adapter on all ranks, with others where there is a `meeting`, and saves it from rank 0.
 
     Raises:
         TrainError: if a check of the certificate fails.
@@ -57,7 +58,8 @@ def train_one_lane(training: Training) -> Facts:
         before = base_fingerprint(engine.stepper.model)
         checkpoints = Checkpoints(out / CHECKPOINTS, recipe_of(training))
         every_s, log_every = config.train.checkpoint_every_s, config.train.log_every_steps
-        loop = Loop(engine.stepper, checkpoints, engine.certificate, every_s, log_every)
+        between = Exchange(meeting, training, engine.stepper, lane) if meeting is not None else None
+        loop = Loop(engine.stepper, checkpoints, engine.certificate, every_s, log_every, between)
         first_step = loop.run(out / "metrics.jsonl")
         engine.check_unchanged(before)
         facts = engine.facts() | {"resumed_after_step": first_step}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,10 @@ from qlora_dist.train.memory import peak_memory_bytes
 from qlora_dist.train.processes import naming_who_is_missing
 from qlora_dist.train.step import Stepper, StepResult
 
+Between = Callable[[int, bool], int | None]
+"""Is called on every rank with the number of steps taken, before a life's first step (then with True) and after each
+one. It may replace the factors; if it does, it returns how many steps count as taken, else None."""
+
 
 @dataclass(slots=True)
 class Loop:
@@ -38,6 +42,7 @@ class Loop:
     certificate: Certificate
     checkpoint_every_s: float
     log_every_steps: int = 1
+    between: Between | None = None
     _started: float = field(default_factory=time.monotonic)
     _saved: float = field(default_factory=time.monotonic)
 
@@ -49,7 +54,8 @@ class Loop:
         progress.update(start)
         self._started = self._saved = time.monotonic()
         with stop_on_signal(self.stepper):
-            for step in range(start, last):
+            step = start = self._meet(start, last, is_first=True)
+            while step < last:
                 watch = Watch(self.stepper, step, is_first=step == start) if step < start + 2 else None
                 with naming_who_is_missing(step):
                     results = self.stepper.take(step)
@@ -57,6 +63,7 @@ class Loop:
                     watch.check(self.certificate)
                 self._tell(step + 1, start, last, results, progress)
                 self._keep(step + 1, last)
+                step = self._meet(step + 1, last)
         return start
 
     def _resume(self, metrics: Path) -> int:
@@ -87,10 +94,20 @@ class Loop:
         if step % self.log_every_steps == 0 or step == last:
             log_metrics(step, values | {"memory_bytes": peak_memory_bytes()})
 
-    def _keep(self, step: int, last: int) -> None:
+    def _meet(self, step: int, last: int, is_first: bool = False) -> int:
+        """Lets `between` replace the factors; returns how many steps count as taken, with a checkpoint of that."""
+        if self.between is None:
+            return step
+        found = self.between(step, is_first)
+        if found is not None or self.stepper.wants_stop:
+            step = step if found is None else found
+            self._keep(step, last, is_due=True)
+        return step
+
+    def _keep(self, step: int, last: int, is_due: bool = False) -> None:
         """Writes a checkpoint when it is time, and stops when any rank was asked to."""
         stop = self.stepper.wants_stop
-        due = time.monotonic() - self._saved >= self.checkpoint_every_s
+        due = is_due or time.monotonic() - self._saved >= self.checkpoint_every_s
         if (due or stop) and step < last:
             if self.stepper.strategy.rank == 0:
                 self.checkpoints.save(step, lane_state(self.stepper.lanes))

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_dist.config.model import Quantization
 from qlora_dist.config.stages import AdapterConfig
-from qlora_dist.config.train import check_step, check_supported
+from qlora_dist.config.train import Method, check_step, check_supported
 from qlora_dist.data.rows import Rows
+from qlora_dist.model.adapter import Provenance
 from qlora_dist.model.base import Base, open_base
+from qlora_dist.model.weights import tokenizer_digest
 from qlora_dist.train.batches import open_rows
 from qlora_dist.train.budget import Budget, plan_budget
 
@@ -40,3 +43,19 @@ class Training:
         held_out = open_rows(inputs["validation"], base, row_tokens) if "validation" in inputs else None
         budget = plan_budget(config.train, rows.num_rows, config.seed)
         return cls(config, base, rows, held_out, budget, inputs["tokenizer"], out)
+
+
+def provenance(training: Training, validation_loss: float | None) -> Provenance:
+    """Returns what a training is of, as it stands beside the weights."""
+    config, base = training.config, training.base
+    full = config.train.method is Method.full
+    return Provenance(
+        base_path=base.path,
+        base_revision=base.revision,
+        base_digest=base.digest,
+        tokenizer_digest=tokenizer_digest(training.tokenizer),
+        quantization=Quantization.none.name if full else config.model.quantization.name,
+        dtype=config.model.compute_dtype.name,
+        trained_tokens=training.budget.num_steps * config.train.tokens_per_step,
+        validation_loss=validation_loss,
+    )
