@@ -60,6 +60,7 @@ STAGES: dict[str, Stage] = {
             "adapter",
             told.AdapterConfig,
             "qlora_dist.train:train_adapter",
+            joint="qlora_dist.train:train_adapters",
             loads_model=True,
             resumes=True,
             is_tracked=True,

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Method, StrategyName
+from qlora_dist.errors import QloraDistError
 from qlora_dist.model.adapter import save_adapter, write_provenance
 from qlora_dist.model.lora import num_trainable
 from qlora_dist.model.weights import TOKENIZER_FILES
-from qlora_dist.runtime import Facts, JsonlSink, clear, quiet_libraries, rank, sinks
-from qlora_dist.train.training import Training, provenance
+from qlora_dist.runtime import Facts, JsonlSink, clear, quiet_libraries, sinks
+from qlora_dist.train.training import Training, provenance, training_facts
 
 if TYPE_CHECKING:
     from qlora_dist.train.meeting import Meeting
 
 METRICS_FILE = "metrics.jsonl"
+LANE = "adapter"
+"""The name of the only lane, in what is said of it."""
 
 
 def train_adapter(
@@ -41,13 +44,7 @@ def train_adapter(
     """
     quiet_libraries()
     training = Training.open(config, inputs, out)
-    started = time.monotonic()
-    with sinks(JsonlSink(out / METRICS_FILE)):
-        is_single = config.strategy.name is StrategyName.single
-        facts = _train_single(training) if is_single else _train_lane(training, meeting)
-    if rank() == 0:
-        write_provenance(out, provenance(training, facts.get("validation_loss")))
-    return facts | training_facts(training, time.monotonic() - started)
+    return _train_single(training) if config.strategy.name is StrategyName.single else _train_lane(training, meeting)
 
 
 def _train_single(training: Training) -> Facts:
@@ -55,18 +52,24 @@ def _train_single(training: Training) -> Facts:
     from qlora_dist.train.validation import mean_loss
 
     clear(training.out)
-    model = train_with_trainer(training)
+    started = time.monotonic()
+    with sinks(JsonlSink(training.out / METRICS_FILE)):
+        model = train_with_trainer(training)
     facts: Facts = {"num_trainable": num_trainable(model)}
     if training.held_out is not None:
         facts["validation_loss"] = mean_loss(model, training.held_out, training.config.train.micro_batch_tokens)
     save(training, model)
-    return facts
+    write_provenance(training.out, provenance(training, facts.get("validation_loss")))
+    return facts | training_facts(training, time.monotonic() - started, training.budget.num_steps)
 
 
 def _train_lane(training: Training, meeting: Meeting | None) -> Facts:
-    from qlora_dist.train.engine import train_one_lane
+    from qlora_dist.train.joint import train_lanes
 
-    return train_one_lane(training, meeting)
+    made = train_lanes({LANE: training}, solo=True, meeting=meeting)[LANE]
+    if isinstance(made, QloraDistError):
+        raise made
+    return made
 
 
 def save(training: Training, model: Any) -> None:
@@ -81,22 +84,3 @@ def save(training: Training, model: Any) -> None:
     for name in (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         if (training.tokenizer / name).exists():
             shutil.copyfile(training.tokenizer / name, out / name)
-
-
-def training_facts(training: Training, seconds: float) -> Facts:
-    """Returns what the manifest says of every training."""
-    from qlora_dist.train.memory import peak_memory_bytes
-
-    train, budget = training.config.train, training.budget
-    tokens = budget.num_steps * train.tokens_per_step
-    return {
-        "num_rows": training.rows.num_rows,
-        "num_steps": budget.num_steps,
-        "tokens": tokens,
-        "trained_share": round(float(training.rows.trained_BT.mean()), 6),
-        "seconds": round(seconds, 3),
-        "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "full": train.method is Method.full,
-        "world_size": training.config.strategy.world_size,
-    }

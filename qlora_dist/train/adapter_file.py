@@ -37,7 +37,7 @@ def check_saved(certificate: Certificate, lane: Lane, folder: Path) -> None:
     live = {name: value.cpu() for name, value in lane.state().items()}
     same = saved.keys() == live.keys() and all(torch.equal(saved[name], live[name]) for name in live)
     certificate.require(
-        f"{lane.name}: the saved adapter is the trained one",
+        "the saved adapter is the trained one",
         same and bool(saved) and config.r == lane.lora.lora_rank,
         f"{len(saved)} of {len(live)} tensors, {sum(v.numel() for v in saved.values()):,} values, read back",
         "Look at the disk, and run again: the training continues from its checkpoint.",

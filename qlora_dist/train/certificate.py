@@ -21,8 +21,9 @@ class Check:
 
 @dataclass(slots=True)
 class Certificate:
-    """The checks of one training, in the order in which they were made."""
+    """The checks of one training, in the order in which they were made; `subject` says in errors whose they are."""
 
+    subject: str = ""
     checks: list[Check] = field(default_factory=list)
 
     def require(self, check: str, passed: bool, found: str, repair: str) -> None:
@@ -34,7 +35,8 @@ class Certificate:
         self.checks = [c for c in self.checks if c.check != check]
         self.checks.append(Check(check, bool(passed), found))
         if not passed:
-            raise TrainError(f"Check {check!r} failed: {found}. {repair}")
+            whose = f"{self.subject}: check" if self.subject else "Check"
+            raise TrainError(f"{whose} {check!r} failed: {found}. {repair}")
 
     def table(self) -> list[dict[str, object]]:
         """Returns the checks as rows for the manifest."""

@@ -1,6 +1,6 @@
-"""Checkpoints: whole, by parameter name, in safetensors; they know no strategy and no number of ranks.
+"""Checkpoints: whole, by parameter name, in safetensors; they know no strategy, no number of ranks and no neighbours.
 
-A checkpoint holds each lane's factors and Adam moments. Learning rate, row order and dropout masks are pure
+A checkpoint holds one lane's factors and Adam moments. Learning rate, row order and dropout masks are pure
 functions of the recipe and the step, so the step number is all there is to keep of them.
 """
 
@@ -25,20 +25,28 @@ STATE_FILE, TENSORS_FILE = "state.json", "state.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole."""
+    """A checkpoint that was found whole: after how many of its lane's steps, in which round of which group of lanes."""
 
+    path: Path
     step: int
-    tensors: dict[str, torch.Tensor]
+    round: int
+    group: str
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Reads what was saved."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / TENSORS_FILE)
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a folder of its own; the newest `keep` are kept."""
+    """The checkpoints of one lane, in a folder of its own; the newest `keep` are kept."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any], keep: int = 2) -> None:
         self.folder, self._keep = folder, keep
-        self.recipe = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        self.recipe = recipe_digest(recipe)
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor]) -> Path:
+    def save(self, step: int, tensors: dict[str, torch.Tensor], *, round: int = 0, group: str = "") -> Path:
         """Writes the state after `step` steps aside, syncs it, and renames it into place."""
         from safetensors.torch import save_file
 
@@ -47,7 +55,8 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside / TENSORS_FILE)
-        state = {"step": step, "recipe": self.recipe, "sha256": _digest(aside / TENSORS_FILE)}
+        state = {"step": step, "round": round, "group": group, "recipe": self.recipe}
+        state["sha256"] = file_digest(aside / TENSORS_FILE)
         (aside / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         for file in (aside / TENSORS_FILE, aside / STATE_FILE):
             _sync(file)
@@ -58,14 +67,15 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
-    def latest(self) -> Checkpoint | None:
-        """Returns the newest whole checkpoint of this recipe; one that is torn or foreign is named and passed over."""
+    def usable(self) -> list[Checkpoint]:
+        """Returns this recipe's whole checkpoints, newest first; torn and foreign ones are named and passed over."""
+        found = []
         for path in reversed(self._steps()):
             try:
-                return self._read(path)
+                found.append(self._read(path))
             except _UnusableError as reason:
                 log.warning("checkpoint %s is %s; using the one before it", path, reason)
-        return None
+        return found
 
     def remove(self) -> None:
         """Removes all checkpoints: the training is finished."""
@@ -75,17 +85,14 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
     def _read(self, path: Path) -> Checkpoint:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
             if state["recipe"] != self.recipe:
                 raise _UnusableError("of another recipe")
-            if state["sha256"] != _digest(path / TENSORS_FILE):
+            if state["sha256"] != file_digest(path / TENSORS_FILE):
                 raise _UnusableError("torn (its bytes are not those that were written)")
-            return Checkpoint(int(state["step"]), load_file(path / TENSORS_FILE))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            return Checkpoint(path, int(state["step"]), int(state["round"]), str(state["group"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise _UnusableError(f"torn ({error})") from error
 
 
@@ -93,41 +100,45 @@ class _UnusableError(Exception):
     """Why a checkpoint is passed over."""
 
 
-def lane_state(lanes: list[Lane]) -> dict[str, torch.Tensor]:
-    """Returns what a checkpoint holds: `<lane>/<parameter>` and its Adam moments, as live tensors.
+def lane_state(lane: Lane) -> dict[str, torch.Tensor]:
+    """Returns what a checkpoint holds: each factor and its Adam moments (`<name>#<moment>`), as live tensors.
 
     Moments of a lane that took no step yet are made here, as zeros.
     """
+    assert lane.optimizer is not None
     tensors: dict[str, torch.Tensor] = {}
-    for lane in lanes:
-        assert lane.optimizer is not None
-        for name, parameter in lane.parameters.items():
-            moments = lane.optimizer.state[parameter]
-            if not moments:
-                moments["step"] = torch.tensor(0.0)
-                moments["exp_avg"] = torch.zeros_like(parameter)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            key = f"{lane.name}/{name}"
-            tensors[key] = parameter.detach()
-            tensors |= {f"{key}#{moment}": moments[moment] for moment in ("step", "exp_avg", "exp_avg_sq")}
+    for name, parameter in lane.parameters.items():
+        moments = lane.optimizer.state[parameter]
+        if not moments:
+            moments["step"] = torch.tensor(0.0)
+            moments["exp_avg"] = torch.zeros_like(parameter)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter)
+        tensors[name] = parameter.detach()
+        tensors |= {f"{name}#{moment}": moments[moment] for moment in ("step", "exp_avg", "exp_avg_sq")}
     return tensors
 
 
-def restore(lanes: list[Lane], tensors: dict[str, torch.Tensor]) -> None:
-    """Copies a checkpoint's tensors into the lanes, all of them by name.
+def restore(lane: Lane, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies a checkpoint's tensors into the lane, all of them by name.
 
     Raises:
-        TrainError: if it holds other tensors than the lanes, optimizer state included.
+        TrainError: if it holds other tensors than the lane, optimizer state included.
     """
-    live = lane_state(lanes)
+    live = lane_state(lane)
     if different := sorted(live.keys() ^ tensors.keys()):
         repair = "It is of another version: remove its folder to begin anew"
-        raise TrainError(f"The checkpoint and the lanes differ in {len(different)} tensors ({different[0]}). {repair}.")
+        raise TrainError(f"The checkpoint and the lane differ in {len(different)} tensors ({different[0]}). {repair}.")
     for name, value in live.items():
         value.copy_(tensors[name])
 
 
-def _digest(path: Path) -> str:
+def recipe_digest(recipe: dict[str, Any]) -> str:
+    """Returns the digest by which what belongs to one recipe is known."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -62,14 +62,14 @@ def check_rows(certificate: Certificate, lane: Lane) -> None:
     trained_BT, rows = np.asarray(lane.rows.trained_BT), lane.rows
     share = float(trained_BT.mean())
     certificate.require(
-        f"{lane.name}: tokens are trained",
+        "tokens are trained",
         bool(trained_BT.any()),
         f"{int(trained_BT.sum()):,} of {trained_BT.size:,} slots ({share:.0%})",
         "Check the records' responses and train.row_tokens.",
     )
     ends = int((trained_BT & (np.asarray(rows.tokens_BT) == rows.end_id)).sum())
     certificate.require(
-        f"{lane.name}: the end token is trained",
+        "the end token is trained",
         ends > 0,
         f"{ends:,} targets are the end token {rows.end_id}",
         "A template must end each response with the tokenizer's end token, or the model never stops.",
@@ -82,7 +82,7 @@ def check_loss(certificate: Certificate, stepper: Stepper, lane: Lane) -> None:
     ours, whole = (float(_forward(stepper, batch, whole_logits=whole)) for whole in (False, True))
     tolerance = 1e-4 if next(stepper.model.parameters()).dtype == torch.float32 else 2e-2
     certificate.require(
-        f"{lane.name}: the loss is the model's own",
+        "the loss is the model's own",
         abs(ours - whole) <= tolerance * max(1.0, abs(whole)),
         f"{ours:.6g} in chunks, {whole:.6g} of whole logits",
         "This architecture changes logits after its head: name the config field in train/loss.py.",
@@ -92,7 +92,7 @@ def check_loss(certificate: Certificate, stepper: Stepper, lane: Lane) -> None:
 def check_no_leak(certificate: Certificate, stepper: Stepper, lane: Lane) -> None:
     """Changes one segment of a real row and looks whether the loss of another one moves."""
     row = _row_of_two(lane.rows)
-    name = f"{lane.name}: no attention between segments"
+    name = "no attention between segments"
     if row is None:
         certificate.require(name, True, "no row has two segments that are trained", "")
         return
@@ -141,32 +141,28 @@ def _forward(stepper: Stepper, batch: dict[str, torch.Tensor], whole_logits: boo
 
 
 class Watch:
-    """Watches one of the first two steps: each tensor has a gradient and moves.
+    """Watches one of a lane's first two steps: each tensor has a gradient and moves.
 
     At the first step of all, B is zero, so A has no gradient yet: it must move at the second.
     """
 
-    def __init__(self, stepper: Stepper, step: int, is_first: bool) -> None:
-        self._lanes = [lane for lane in stepper.lanes if lane.is_active(step)]
-        self._wanted = ".lora_B." if is_first else ".lora_"
-        self._before = {
-            (lane.name, name): p.detach().clone() for lane in self._lanes for name, p in lane.parameters.items()
-        }
+    def __init__(self, lane: Lane, is_first: bool) -> None:
+        self._lane, self._wanted = lane, ".lora_B." if is_first else ".lora_"
+        self._before = {name: p.detach().clone() for name, p in lane.parameters.items()}
 
     def check(self, certificate: Certificate) -> None:
         """Notes whether the tensors that must have moved did."""
-        for lane in self._lanes:
-            named = {n: p for n, p in lane.parameters.items() if self._wanted in n and p.grad is not None}
-            still = [n for n, p in named.items() if torch.equal(p, self._before[lane.name, n])]
-            dead = [n for n, p in named.items() if not bool(p.grad.any())]  # type: ignore[union-attr]
-            bad = sorted({*still, *dead})
-            certificate.require(
-                f"{lane.name}: every tensor learns",
-                not bad and bool(named),
-                f"{len(named) - len(bad)} of {len(named)} tensors have a gradient and moved"
-                + (f"; not {', '.join(bad[:3])}" if bad else ""),
-                "Gradients don't reach the adapters: use non-reentrant activation checkpointing, freeze no adapter.",
-            )
+        named = {n: p for n, p in self._lane.parameters.items() if self._wanted in n and p.grad is not None}
+        still = [n for n, p in named.items() if torch.equal(p, self._before[n])]
+        dead = [n for n, p in named.items() if not bool(p.grad.any())]  # type: ignore[union-attr]
+        bad = sorted({*still, *dead})
+        certificate.require(
+            "every tensor learns",
+            not bad and bool(named),
+            f"{len(named) - len(bad)} of {len(named)} tensors have a gradient and moved"
+            + (f"; not {', '.join(bad[:3])}" if bad else ""),
+            "Gradients don't reach the adapters: use non-reentrant activation checkpointing, freeze no adapter.",
+        )
 
 
 def base_fingerprint(model: LaneModel) -> list[int]:

@@ -1,23 +1,19 @@
-"""Trains lanes with the loop of this project: the base placed by a strategy, checks before, between and after."""
+"""An engine: a frozen base with lanes on it, placed by a strategy, and the checks that are made of both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from qlora_dist.config.fields import identity
 from qlora_dist.config.model import ModelConfig
 from qlora_dist.config.train import TrainConfig
-from qlora_dist.data.rows import Rows
+from qlora_dist.errors import TrainError
 from qlora_dist.model.base import Base, load_model
 from qlora_dist.model.frozen import keep_dense_within
 from qlora_dist.model.prequantized import PrequantizedReader, build_skeleton, is_stored
 from qlora_dist.runtime import Facts
-from qlora_dist.train.adapter_file import check_saved, save_lane
-from qlora_dist.train.certificate import Certificate
-from qlora_dist.train.checkpoint import Checkpoints
+from qlora_dist.train.certificate import Certificate, Check
 from qlora_dist.train.checks import (
     base_fingerprint,
     check_base,
@@ -26,57 +22,14 @@ from qlora_dist.train.checks import (
     check_placement,
     check_rows,
 )
+from qlora_dist.train.course import Course
 from qlora_dist.train.lanes import Lane, attach_lanes
-from qlora_dist.train.loop import Loop
 from qlora_dist.train.loss import LaneModel
-from qlora_dist.train.meeting import Exchange, Meeting
 from qlora_dist.train.memory import free_memory_bytes
-from qlora_dist.train.processes import joined
 from qlora_dist.train.step import Stepper
 from qlora_dist.train.strategies import Strategy
-from qlora_dist.train.strategies.choice import choose_strategy
 from qlora_dist.train.strategies.ddp import frozen_parameters
-from qlora_dist.train.training import Training
 from qlora_dist.train.validation import row_losses
-
-CHECKPOINTS = "checkpoints"
-
-
-def train_one_lane(training: Training, meeting: Meeting | None = None) -> Facts:
-    """Trains one adapter on all ranks, with others where there is a `meeting`, and saves it from rank 0.
-
-    Raises:
-        TrainError: if a check of the certificate fails.
-        Preempted: if a rank was asked to stop; the checkpoint in `out` is where the next life continues.
-    """
-    config, out = training.config, training.out
-    lane = Lane("adapter", config.lora, config.train, config.seed, training.rows, training.budget)
-    with joined(config.strategy.world_size, config.strategy.timeout_s):
-        strategy = choose_strategy(config, training.base)
-        engine = Engine.build(config.model, training.base, [lane], strategy)
-        engine.examine()
-        before = base_fingerprint(engine.stepper.model)
-        checkpoints = Checkpoints(out / CHECKPOINTS, recipe_of(training))
-        every_s, log_every = config.train.checkpoint_every_s, config.train.log_every_steps
-        between = Exchange(meeting, training, engine.stepper, lane) if meeting is not None else None
-        loop = Loop(engine.stepper, checkpoints, engine.certificate, every_s, log_every, between)
-        first_step = loop.run(out / "metrics.jsonl")
-        engine.check_unchanged(before)
-        facts = engine.facts() | {"resumed_after_step": first_step}
-        if training.held_out is not None:
-            facts["validation_loss"] = engine.validation_loss(training.held_out, config.train.micro_batch_tokens)
-        if engine.stepper.strategy.rank == 0:
-            save_lane(lane, out, training.base)
-            check_saved(engine.certificate, lane, out)
-            checkpoints.remove()
-        return facts | {"certificate": engine.certificate.table()}
-
-
-def recipe_of(training: Training) -> dict[str, Any]:
-    """Returns what a checkpoint must share with the training that continues it: all but how and where it runs."""
-    rows = training.rows
-    shape = [rows.num_rows, rows.row_tokens, int(rows.trained_BT.sum())]
-    return {"config": identity(training.config), "base": training.base.digest, "rows": shape}
 
 
 @dataclass(slots=True)
@@ -87,6 +40,7 @@ class Engine:
     whole_bytes: int = 0
     dense_cache_bytes: int = 0
     certificate: Certificate = field(default_factory=Certificate)
+    fingerprint: list[int] = field(default_factory=list)
 
     @classmethod
     def build(cls, model: ModelConfig, base: Base, lanes: list[Lane], strategy: Strategy) -> Engine:
@@ -135,47 +89,60 @@ class Engine:
         """Returns what the manifest says of how the base was held."""
         return {
             "strategy": self.stepper.strategy.name,
-            "num_trainable": sum(p.numel() for lane in self.stepper.lanes for p in lane.parameters.values()),
             "base_bytes_per_rank": self.stepper.strategy.base_bytes(self.stepper.model),
             "dense_cache_bytes": self.dense_cache_bytes,
         }
 
-    def examine(self) -> None:
-        """Makes the checks that come before the first step."""
-        certificate, stepper = self.certificate, self.stepper
-        check_placement(certificate, stepper.model, stepper.strategy, self.whole_bytes)
-        for lane in stepper.lanes:
-            check_rows(certificate, lane)
-            check_loss(certificate, stepper, lane)
-            check_no_leak(certificate, stepper, lane)
+    def examine(self, courses: list[Course]) -> None:
+        """Makes the checks that come before the first step; a lane that doesn't pass its own ends alone."""
+        check_placement(self.certificate, self.stepper.model, self.stepper.strategy, self.whole_bytes)
+        seen: dict[int, list[Check]] = {}
+        for course in courses:
+            try:
+                check_rows(course.certificate, course.lane)
+                if id(course.lane.rows) not in seen:
+                    known = len(course.certificate.checks)
+                    check_loss(course.certificate, self.stepper, course.lane)
+                    check_no_leak(course.certificate, self.stepper, course.lane)
+                    seen[id(course.lane.rows)] = course.certificate.checks[known:]
+                else:  # lanes that share their rows share what was found on them
+                    course.certificate.checks += seen[id(course.lane.rows)]
+            except TrainError as error:
+                course.fail(error)
+        self.fingerprint = base_fingerprint(self.stepper.model)
 
-    def check_unchanged(self, before: list[int]) -> None:
-        """Checks that the base holds the bytes it held before, and that all ranks have the same adapters."""
-        after = base_fingerprint(self.stepper.model)
+    def check_unchanged(self) -> None:
+        """Checks that the base holds the bytes that it held before the first step."""
+        after, before = base_fingerprint(self.stepper.model), self.fingerprint
         self.certificate.require(
             "the base is unchanged",
             before == after,
             f"checksum {after[1]:x} of this rank's part, {before[1]:x} before",
             "Something wrote to frozen weights: run again, and report it.",
         )
+
+    def check_same(self, course: Course) -> None:
+        """Checks that all ranks have the same adapter."""
         strategy = self.stepper.strategy
-        mine = [p.detach() for lane in self.stepper.lanes for p in lane.parameters.values()]
+        mine = [p.detach() for p in course.lane.parameters.values()]
         theirs = [p.clone() for p in mine]
         strategy.broadcast(theirs)
         different = torch.tensor([float(any(not torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)))])
         different = different.to(strategy.device)
         strategy.sum_over_ranks([different])
-        self.certificate.require(
+        course.certificate.require(
             "all ranks hold the same adapter",
             not different.item(),
             f"{int(different.item())} of {strategy.world_size} ranks differ from rank 0",
             "The ranks took different steps: check that they run the same versions on the same kind of device.",
         )
 
-    def validation_loss(self, rows: Rows, batch_tokens: int) -> float:
-        """Returns the mean loss of the first lane on held-out rows, each rank doing its share."""
+    def validation_loss(self, course: Course) -> float:
+        """Returns the mean loss of a course's lane on its held-out rows, each rank doing its share."""
+        assert course.held_out is not None
         stepper = self.stepper
-        totals = row_losses(stepper, rows, batch_tokens)
+        lane = next(k for k, lane in enumerate(stepper.lanes) if lane is course.lane)
+        totals = row_losses(stepper, course.held_out, course.lane.train.micro_batch_tokens, lane)
         stepper.strategy.sum_over_ranks([totals])
         return float(totals[0] / totals[1])
 

@@ -5,115 +5,169 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from qlora_dist.errors import Preempted
+from qlora_dist.errors import Preempted, TrainError
 from qlora_dist.runtime import Progress, log, log_metrics
-from qlora_dist.train.certificate import Certificate
-from qlora_dist.train.checkpoint import Checkpoints, lane_state, restore
+from qlora_dist.train.checkpoint import Checkpoint, lane_state, restore
 from qlora_dist.train.checks import Watch
+from qlora_dist.train.course import Course, where_to_continue
 from qlora_dist.train.huggingface import check_finite
 from qlora_dist.train.memory import peak_memory_bytes
 from qlora_dist.train.processes import naming_who_is_missing
 from qlora_dist.train.step import Stepper, StepResult
 
-Between = Callable[[int, bool], int | None]
-"""Is called on every rank with the number of steps taken, before a life's first step (then with True) and after each
-one. It may replace the factors; if it does, it returns how many steps count as taken, else None."""
+
+class Ending(Protocol):
+    """What the loop does with lanes that have ended, well or with an error; every rank calls it alike."""
+
+    def __call__(self, ended: list[Course]) -> None:
+        """Checks, measures and saves those that ended well; notes why the others ended."""
+
+
+Between = Callable[[Sequence[Course], bool], bool]
+"""Is called on every rank alike between rounds, and before a life's first one (then with True). It may replace a
+course's factors, move its step, or end it; if it did, it says so, and the change is kept in a checkpoint."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """Tells the speed so far and the time since the last checkpoint."""
+
+    started: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+    tokens: int = 0
+
+    def tokens_per_s(self, tokens: int) -> float:
+        """Adds a round's tokens and returns the mean speed since the start."""
+        self.tokens += tokens
+        return self.tokens / max(time.monotonic() - self.started, 1e-9)
+
+    def since_saved(self) -> float:
+        """Returns the seconds since the last checkpoint."""
+        return time.monotonic() - self.saved
+
+    def note_saved(self) -> None:
+        """Notes that a checkpoint was written."""
+        self.saved = time.monotonic()
 
 
 @dataclass(slots=True)
 class Loop:
-    """Trains all lanes to the end of their budgets, or to a request to stop.
+    """Trains all lanes to the ends of their budgets, or to a request to stop.
+
+    A round takes one step of every lane that still runs. Each lane counts its own steps, so that lanes that were
+    stopped at different places go on together. A lane whose loss is lost ends alone.
 
     Raises:
-        TrainError: if a loss or gradient isn't finite, or a check of the certificate fails.
-        Preempted: after SIGTERM or SIGUSR2, once the step is finished and its checkpoint written.
+        Preempted: after SIGTERM or SIGUSR2, once the round is finished and every running lane's checkpoint written.
     """
 
     stepper: Stepper
-    checkpoints: Checkpoints
-    certificate: Certificate
+    courses: list[Course]
     checkpoint_every_s: float
     log_every_steps: int = 1
+    ending: Ending = lambda ended: None
     between: Between | None = None
-    _started: float = field(default_factory=time.monotonic)
-    _saved: float = field(default_factory=time.monotonic)
+    group: str = ""
+    """Names the lanes that are together in this job, so that they continue from a round they have in common."""
+    round: int = 0
+    _clock: Clock = field(default_factory=Clock)
 
-    def run(self, metrics: Path) -> int:
-        """Trains, and returns the number of the step (0-based) that this life began with."""
-        start = self._resume(metrics)
-        last = max(lane.budget.num_steps for lane in self.stepper.lanes)
+    def run(self) -> None:
+        """Trains until no lane runs."""
+        self._resume()
+        last = max((c.lane.budget.num_steps - c.step for c in self.courses), default=0) + self.round
         progress = Progress(last)
-        progress.update(start)
-        self._started = self._saved = time.monotonic()
+        progress.update(self.round)
+        self._clock = Clock()
         with stop_on_signal(self.stepper):
-            step = start = self._meet(start, last, is_first=True)
-            while step < last:
-                watch = Watch(self.stepper, step, is_first=step == start) if step < start + 2 else None
-                with naming_who_is_missing(step):
-                    results = self.stepper.take(step)
-                if watch is not None:
-                    watch.check(self.certificate)
-                self._tell(step + 1, start, last, results, progress)
-                self._keep(step + 1, last)
-                step = self._meet(step + 1, last)
-        return start
+            self._pause(self.courses, is_first=True)
+            self._end([c for c in self.courses if not c.is_running])
+            while running := {k: c for k, c in enumerate(self.courses) if c.is_running}:
+                self._take_round(running, progress)
+                if all(c.is_running for c in running.values()):
+                    self._keep(list(running.values()))
+                self._pause(list(running.values()))
+                if ended := [c for c in running.values() if not c.is_running]:
+                    self._keep(list(running.values()), must=True)  # together, before one of them counts as done
+                    self._end(ended)
 
-    def _resume(self, metrics: Path) -> int:
-        """Continues from the newest whole checkpoint, the same on every rank; returns the next step."""
-        strategy, lanes = self.stepper.strategy, self.stepper.lanes
-        found = self.checkpoints.latest() if strategy.rank == 0 else None
-        live = lane_state(lanes)
-        if found is not None:
-            restore(lanes, found.tensors)
-        step = torch.tensor([found.step if found else 0], device=strategy.device)
-        strategy.broadcast([step, *live.values()])
-        if found is not None:
-            log.info("continuing after step %d", found.step)
+    def _take_round(self, running: dict[int, Course], progress: Progress) -> None:
+        """Takes one step of every running lane, checks and logs it."""
+        watches = {k: Watch(c.lane, c.step == 0) for k, c in running.items() if c.step < c.first_step + 2}
+        with naming_who_is_missing(self.round):
+            results = self.stepper.take({k: c.step for k, c in running.items()}, self.round)
+        self.round += 1
+        for k, course in running.items():
+            course.step += 1
+            try:
+                check_finite(course.step, {"loss": results[k].loss, "grad_norm": results[k].grad_norm})
+                if k in watches:
+                    watches[k].check(course.certificate)
+            except TrainError as error:
+                course.fail(error)
+        self._tell(running, results, progress)
+
+    def _resume(self) -> None:
+        """Has every lane continue from where it was kept, the same on every rank."""
+        strategy = self.stepper.strategy
+        found: list[Checkpoint | None] = [None] * len(self.courses)
         if strategy.rank == 0:
-            keep_metrics(metrics, int(step))
-        return int(step)
+            found = where_to_continue(self.courses, self.group)
+            for course, checkpoint in zip(self.courses, found, strict=True):
+                if checkpoint is not None:
+                    restore(course.lane, checkpoint.tensors())
+                    log.info("%s continues after step %d", course.lane.name, checkpoint.step)
+        places = [[c.step, c.round if c.group == self.group else 0] if c else [0, 0] for c in found]
+        places_K2 = torch.tensor(places, device=strategy.device)
+        strategy.broadcast([places_K2, *(v for c in self.courses for v in lane_state(c.lane).values())])
+        for course, (step, _) in zip(self.courses, places_K2.tolist(), strict=True):
+            course.step = course.first_step = step
+            if strategy.rank == 0:
+                keep_metrics(course.metrics, step)
+        self.round = int(places_K2[:, 1].max())
 
-    def _tell(self, step: int, start: int, last: int, results: dict[str, StepResult], progress: Progress) -> None:
-        elapsed = max(time.monotonic() - self._started, 1e-9)
-        tokens = sum(lane.train.tokens_per_step for lane in self.stepper.lanes if lane.name in results)
-        values: dict[str, float] = {}
-        for name, result in results.items():
-            prefix = f"{name}/" if len(self.stepper.lanes) > 1 else ""
-            values |= {f"{prefix}{key}": getattr(result, key) for key in ("loss", "learning_rate", "grad_norm")}
-            check_finite(step, {"loss": result.loss, "grad_norm": result.grad_norm})
-        values["tokens_per_s"] = (step - start) * tokens / elapsed
-        progress.update(step, **values)
-        if step % self.log_every_steps == 0 or step == last:
-            log_metrics(step, values | {"memory_bytes": peak_memory_bytes()})
+    def _tell(self, running: dict[int, Course], results: dict[int, StepResult], progress: Progress) -> None:
+        tokens = sum(c.lane.train.tokens_per_step for c in running.values())
+        speed = {"tokens_per_s": self._clock.tokens_per_s(tokens)}
+        for k, course in running.items():
+            values = {key: getattr(results[k], key) for key in ("loss", "learning_rate", "grad_norm")}
+            if course.step % self.log_every_steps == 0 or not course.is_running:
+                shared = speed | {"memory_bytes": peak_memory_bytes()}
+                log_metrics(course.step, values | shared, lane=course.told_as)
+        losses = sorted(results[k].loss for k in running)
+        told = {"loss": losses[len(losses) // 2]} | ({"lanes": len(running)} if len(self.courses) > 1 else {})
+        if len(running) == 1:
+            (only,) = running
+            told |= {"learning_rate": results[only].learning_rate, "grad_norm": results[only].grad_norm}
+        progress.update(self.round, **told, **speed)
 
-    def _meet(self, step: int, last: int, is_first: bool = False) -> int:
-        """Lets `between` replace the factors; returns how many steps count as taken, with a checkpoint of that."""
-        if self.between is None:
-            return step
-        found = self.between(step, is_first)
-        if found is not None or self.stepper.wants_stop:
-            step = step if found is None else found
-            self._keep(step, last, is_due=True)
-        return step
+    def _pause(self, courses: list[Course], is_first: bool = False) -> None:
+        if self.between is not None and (self.between(courses, is_first) or self.stepper.wants_stop):
+            self._keep(courses, must=True)
 
-    def _keep(self, step: int, last: int, is_due: bool = False) -> None:
-        """Writes a checkpoint when it is time, and stops when any rank was asked to."""
-        stop = self.stepper.wants_stop
-        due = is_due or time.monotonic() - self._saved >= self.checkpoint_every_s
-        if (due or stop) and step < last:
+    def _keep(self, courses: list[Course], must: bool = False) -> None:
+        """Writes checkpoints when it is time, or some lane has ended; stops when any rank was asked to."""
+        kept = [c for c in courses if c.error is None]
+        stop = self.stepper.wants_stop and any(c.is_running for c in kept)
+        if must or stop or self._clock.since_saved() >= self.checkpoint_every_s:
             if self.stepper.strategy.rank == 0:
-                self.checkpoints.save(step, lane_state(self.stepper.lanes))
-            self._saved = time.monotonic()
-        if stop and step < last:
-            raise Preempted(f"Stopped on request after step {step} of {last}. Run the same command to continue.")
+                for c in kept:
+                    c.checkpoints.save(c.step, lane_state(c.lane), round=self.round, group=self.group)
+            self._clock.note_saved()
+        if stop:
+            raise Preempted(f"Stopped on request after step {self.round}. Run the same command to continue.")
+
+    def _end(self, ended: list[Course]) -> None:
+        if ended:
+            self.ending(ended)
 
 
 @contextmanager

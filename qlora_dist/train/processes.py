@@ -54,6 +54,15 @@ def meet(where: str, timeout_s: float) -> None:
         raise TrainError(f"Rank {rank()} waited {timeout_s:g} s at {where}: {error}. {repair}") from error
 
 
+def same_on_all_ranks(value: Any) -> Any:
+    """Returns rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+    return held[0]
+
+
 def note_place(step: int, is_waiting: bool) -> None:
     """Leaves word, for the others, of the step this rank is at, and whether it computes or waits for them."""
     if dist.is_initialized():

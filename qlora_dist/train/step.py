@@ -7,6 +7,7 @@ micro-steps, which every rank knows beforehand from the rows. So 1x8, 2x4 and 4x
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,27 +43,30 @@ class Stepper:
     wants_stop: bool = False
     """Set on any rank (by a signal), it is seen by all of them at the end of the step."""
 
-    def take(self, step: int) -> dict[str, StepResult]:
-        """Takes step `step` (0-based) of every lane that is still active; returns each one's result by name."""
-        self.step = step
-        active = [k for k, lane in enumerate(self.lanes) if lane.is_active(step)]
-        counts = {k: num_targets(self.lanes[k], step) for k in active}
-        nll_K = self.accumulate(step, counts)
-        self.reduce(active, nll_K)
-        return {self.lanes[k].name: update(self.lanes[k], step, float(nll_K[k]), counts[k]) for k in active}
+    def take(self, steps: Mapping[int, int], round: int = 0) -> dict[int, StepResult]:
+        """Takes step `steps[k]` (0-based, each lane's own) of every lane k that it names; returns each one's result.
 
-    def accumulate(self, step: int, counts: dict[int, int]) -> torch.Tensor:
+        `round` is where this rank tells the others that it is.
+        """
+        self.step = round
+        counts = {k: num_targets(self.lanes[k], step) for k, step in steps.items()}
+        nll_K = self.accumulate(steps, counts)
+        self.reduce(list(steps), nll_K)
+        return {k: update(self.lanes[k], step, float(nll_K[k]), counts[k]) for k, step in steps.items()}
+
+    def accumulate(self, steps: Mapping[int, int], counts: Mapping[int, int]) -> torch.Tensor:
         """Adds up this rank's gradients over its micro-steps; returns each lane's summed loss on this rank."""
         nll_K = torch.zeros(len(self.lanes), device=self.strategy.device)
         for lane in (self.lanes[k] for k in counts):
             for parameter in lane.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
-        for micro in range(self._num_micro_steps(counts)):
-            nll_B = self.model(**self._seat(step, micro, list(counts)))
+        num_micro = {k: self._num_micro_steps(k) for k in counts}
+        for micro in range(max(num_micro.values())):
+            nll_B = self.model(**self._seat(steps, micro, [k for k in counts if micro < num_micro[k]]))
             sums = {k: nll_B[seats].sum() for k, seats in self.seating.rows.items()}
-            torch.stack([sums[k] / counts[k] for k in counts]).sum().backward()
-            for k in counts:
-                nll_K[k] += sums[k].detach()
+            torch.stack([nll / counts[k] for k, nll in sums.items()]).sum().backward()
+            for k, nll in sums.items():
+                nll_K[k] += nll.detach()
         return nll_K
 
     def reduce(self, active: list[int], nll_K: torch.Tensor) -> None:
@@ -74,19 +78,19 @@ class Stepper:
         self.strategy.sum_over_ranks([*grads, nll_K, wish])
         self.wants_stop = bool(wish.item() > 0)
 
-    def _num_micro_steps(self, counts: dict[int, int]) -> int:
-        train = self.lanes[next(iter(counts))].train
+    def _num_micro_steps(self, lane: int) -> int:
+        train = self.lanes[lane].train
         return train.tokens_per_step // (train.micro_batch_tokens * self.strategy.world_size)
 
-    def _seat(self, step: int, micro: int, active: list[int]) -> dict[str, torch.Tensor]:
+    def _seat(self, steps: Mapping[int, int], micro: int, active: list[int]) -> dict[str, torch.Tensor]:
         """Gathers the rows of one micro-step, lane after lane, and notes whose are where."""
         batches, first = [], 0
         self.seating.rows, self.seating.dropout_seeds = {}, {}
         for k in active:
-            rows = rows_of_rank(self.lanes[k], step, micro, self.strategy)
+            rows = rows_of_rank(self.lanes[k], steps[k], micro, self.strategy)
             batches.append(tensors(self.lanes[k].rows, rows))
             self.seating.rows[k] = slice(first, first + len(rows))
-            self.seating.dropout_seeds[k] = dropout_seed(self.lanes[k].seed, step, micro, self.strategy.rank)
+            self.seating.dropout_seeds[k] = dropout_seed(self.lanes[k].seed, steps[k], micro, self.strategy.rank)
             first += len(rows)
         return {name: torch.cat([b[name] for b in batches]).to(self.strategy.device) for name in batches[0]}
 

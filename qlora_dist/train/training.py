@@ -13,6 +13,7 @@ from qlora_dist.data.rows import Rows
 from qlora_dist.model.adapter import Provenance
 from qlora_dist.model.base import Base, open_base
 from qlora_dist.model.weights import tokenizer_digest
+from qlora_dist.runtime import Facts
 from qlora_dist.train.batches import open_rows
 from qlora_dist.train.budget import Budget, plan_budget
 
@@ -46,7 +47,7 @@ class Training:
 
 
 def provenance(training: Training, validation_loss: float | None) -> Provenance:
-    """Returns what a training is of, as it stands beside the weights."""
+    """Returns what this training was of, as it stands beside the weights."""
     config, base = training.config, training.base
     full = config.train.method is Method.full
     return Provenance(
@@ -59,3 +60,22 @@ def provenance(training: Training, validation_loss: float | None) -> Provenance:
         trained_tokens=training.budget.num_steps * config.train.tokens_per_step,
         validation_loss=validation_loss,
     )
+
+
+def training_facts(training: Training, seconds: float, steps: int) -> Facts:
+    """Returns what the manifest says of every training; `seconds` and `steps` are those of this life."""
+    from qlora_dist.train.memory import peak_memory_bytes
+
+    train, budget = training.config.train, training.budget
+    tokens = budget.num_steps * train.tokens_per_step
+    return {
+        "num_rows": training.rows.num_rows,
+        "num_steps": budget.num_steps,
+        "tokens": tokens,
+        "trained_share": round(float(training.rows.trained_BT.mean()), 6),
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(steps * train.tokens_per_step / max(seconds, 1e-9), 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "full": train.method is Method.full,
+        "world_size": training.config.strategy.world_size,
+    }

@@ -42,8 +42,8 @@ def mean_loss(model: Any, rows: Rows, batch_tokens: int) -> float:
     return total / count if count else math.nan
 
 
-def row_losses(stepper: Stepper, rows: Rows, batch_tokens: int) -> torch.Tensor:
-    """Returns this rank's share of (summed loss, targets) of held-out rows under the first lane, in float64.
+def row_losses(stepper: Stepper, rows: Rows, batch_tokens: int, lane: int = 0) -> torch.Tensor:
+    """Returns this rank's share of (summed loss, targets) of held-out rows under a lane, in float64.
 
     Every rank takes the same number of forwards, as a sharded base needs: short of rows, it does a row again for
     nothing.
@@ -56,7 +56,7 @@ def row_losses(stepper: Stepper, rows: Rows, batch_tokens: int) -> torch.Tensor:
         indices = np.arange(start, min(start + batch_rows, rows.num_rows))
         idle = len(indices) == 0
         batch = {n: v.to(strategy.device) for n, v in tensors(rows, indices if not idle else np.array([0])).items()}
-        stepper.seating.rows = {0: slice(None)}
+        stepper.seating.rows = {lane: slice(None)}
         with torch.no_grad():
             nll = stepper.model(**batch).sum()
         if not idle:

@@ -101,8 +101,8 @@ def train_until(config, inputs, out, step):
 
     plain = steps.Stepper.take
 
-    def take(self, number):
-        results = plain(self, number)
+    def take(self, places, number):
+        results = plain(self, places, number)
         self.wants_stop = self.wants_stop or number + 1 == step
         return results
 
@@ -161,10 +161,10 @@ def lose_a_rank(config, inputs, out, how):
 
     plain = steps.Stepper.accumulate
 
-    def hang(self, step, counts):
-        if step == 2:
+    def hang(self, places, counts):
+        if places[0] == 2:
             time.sleep(60)
-        return plain(self, step, counts)
+        return plain(self, places, counts)
 
     if os.environ["RANK"] == "1":
         if how == "absent":

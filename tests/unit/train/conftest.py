@@ -9,7 +9,7 @@ from qlora_dist.data.rows import Rows
 from qlora_dist.model.base import open_base, prepare_base
 from qlora_dist.testing import save_rows, save_tiny_model
 from qlora_dist.train.budget import plan_budget
-from qlora_dist.train.checkpoint import Checkpoints
+from qlora_dist.train.course import Course
 from qlora_dist.train.engine import Engine
 from qlora_dist.train.lanes import Lane
 from qlora_dist.train.loop import Loop
@@ -50,15 +50,23 @@ def make_engine(base):
     return make
 
 
+def train(engine, courses):
+    """Examines and trains; raises the first error that ended a lane."""
+    engine.examine(courses)
+    Loop(engine.stepper, courses, 600).run()
+    for course in courses:
+        if course.error is not None:
+            raise course.error
+
+
 @pytest.fixture
 def run(make_engine, tmp_path):
     """Examines and trains lanes to their ends; returns the engine."""
 
     def go(*lanes, **options):
         engine = make_engine(*lanes, **options)
-        engine.examine()
-        folder = tmp_path / "-".join(lane.name for lane in lanes)
-        Loop(engine.stepper, Checkpoints(folder, {}), engine.certificate, 600).run(folder / "metrics.jsonl")
+        courses = [Course(lane, tmp_path / "-".join(n.name for n in lanes) / lane.name) for lane in lanes]
+        train(engine, courses)
         return engine
 
     return go

@@ -61,13 +61,13 @@ def test_factors_are_drawn_from_the_lanes_own_seed(make_engine, make_lane):
 def test_dropout_mask_is_a_function_of_its_place(make_engine, make_lane):
     lane = make_lane(lora={"lora_dropout": 0.5})
     engine = make_engine(lane)
-    first = engine.stepper.accumulate(0, {0: 10}).clone()
-    again = engine.stepper.accumulate(0, {0: 10}).clone()
+    first = engine.stepper.accumulate({0: 0}, {0: 10}).clone()
+    again = engine.stepper.accumulate({0: 0}, {0: 10}).clone()
     gradients = [p.grad.clone() for p in lane.parameters.values()]
-    engine.stepper.accumulate(0, {0: 10})
+    engine.stepper.accumulate({0: 0}, {0: 10})
     assert torch.equal(first, again)
     assert all(torch.equal(a, p.grad) for a, p in zip(gradients, lane.parameters.values(), strict=True))
-    engine.stepper.accumulate(1, {0: 10})
+    engine.stepper.accumulate({0: 1}, {0: 10})
     assert any(not torch.equal(a, p.grad) for a, p in zip(gradients, lane.parameters.values(), strict=True))
 
 
