@@ -1,4 +1,4 @@
-"""Where jobs run, and what a sweep varies."""
+"""Where jobs run."""
 
 from __future__ import annotations
 
@@ -20,16 +20,3 @@ class LauncherConfig:
 
     name: LauncherName = execution(LauncherName.local)
     max_parallel: int = execution(0, at_least=0)
-
-
-class SweepName(Enum):
-    """How a sweep walks through its points."""
-
-    none = "none"
-
-
-@dataclass(kw_only=True, slots=True)
-class SweepConfig:
-    """Which fields are varied; `none` trains the one recipe."""
-
-    name: SweepName = execution(SweepName.none)

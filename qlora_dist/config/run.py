@@ -9,9 +9,10 @@ from qlora_dist.config.data import DomainConfig
 from qlora_dist.config.evaluate import EvaluateConfig, TrackingConfig
 from qlora_dist.config.export import ExportConfig
 from qlora_dist.config.fields import execution, setting
-from qlora_dist.config.launch import LauncherConfig, SweepConfig
+from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.config.merge import MergeConfig
 from qlora_dist.config.model import ModelConfig
+from qlora_dist.config.sweep import SweepConfig, check_sweep
 from qlora_dist.config.train import LoraConfig, StrategyConfig, TrainConfig, check_step, check_supported
 from qlora_dist.errors import bad_value
 
@@ -51,3 +52,4 @@ class RunConfig:
                 )
         check_step(self.train, self.strategy.world_size)
         check_supported(self.train, self.strategy)
+        check_sweep(self.sweep, self.lora, self.train, self.seed, self.strategy.world_size)
