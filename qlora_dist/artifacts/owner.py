@@ -78,6 +78,20 @@ def living_owner(folder: Path) -> dict[str, Any] | None:
     return owner if alive else None
 
 
+def require_mine(folder: Path) -> None:
+    """Passes if this process owns a folder, or nobody does.
+
+    Raises:
+        OwnedError: if another process has taken it over, having thought this one dead.
+    """
+    try:
+        owner: dict[str, Any] = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if "pid" in owner and (owner["host"], owner["pid"]) != (socket.gethostname(), os.getpid()):
+        raise OwnedError(owner)
+
+
 def _myself(job: str) -> dict[str, Any]:
     started = psutil.Process().create_time()
     return {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "started": started}

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_dist.artifacts.fingerprint import file_digest
+from qlora_dist.artifacts.owner import living_owner, owned, require_mine
 from qlora_dist.errors import ArtifactError
 from qlora_dist.runtime import write_json
 
@@ -55,6 +57,34 @@ class Store:
         """Returns where an artifact is made: the same folder in every life of its node."""
         return self.root / f"{artifact_id}.partial"
 
+    def owned(self, artifact_id: str, job: str, *, resumes: bool = False) -> AbstractContextManager[None]:
+        """Owns the making of an artifact inside the `with` block; `resumes` says that its partial folder is of use.
+
+        Raises:
+            OwnedError: if a live process owns it.
+        """
+        return owned(self.partial(artifact_id), job)
+
+    def living_owner(self, artifact_id: str) -> dict[str, Any] | None:
+        """Returns who makes an artifact now, None if nobody does."""
+        return living_owner(self.partial(artifact_id))
+
+    def has(self, artifact_id: str) -> bool:
+        """Says whether a finished artifact is there, by one look, without a check."""
+        return self.folder(artifact_id).exists()
+
+    def finished(self, artifact_ids: Iterable[str]) -> set[str]:
+        """Returns which of these are finished.
+
+        Raises:
+            ArtifactError: as `is_finished`.
+        """
+        return {artifact_id for artifact_id in artifact_ids if self.is_finished(artifact_id)}
+
+    def fetch(self, artifact_id: str) -> Path:
+        """Returns the folder of a finished artifact, on this machine."""
+        return self.folder(artifact_id)
+
     def is_finished(self, artifact_id: str) -> bool:
         """Says whether an artifact is there, whole by its manifest's list of sizes.
 
@@ -69,7 +99,7 @@ class Store:
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise _damaged(folder, f"{name} {found}, {entry['bytes']} were written")
+                raise damaged(folder, f"{name} {found}, {entry['bytes']} were written")
         return True
 
     def manifest(self, artifact_id: str) -> Manifest:
@@ -82,9 +112,9 @@ class Store:
         try:
             manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise _damaged(path.parent, f"{MANIFEST} can't be read ({error})") from error
+            raise damaged(path.parent, f"{MANIFEST} can't be read ({error})") from error
         if manifest.id != artifact_id:
-            raise _damaged(path.parent, f"{MANIFEST} is of {manifest.id}")
+            raise damaged(path.parent, f"{MANIFEST} is of {manifest.id}")
         return manifest
 
     def verify(self, artifact_id: str) -> None:
@@ -97,14 +127,18 @@ class Store:
         folder = self.folder(artifact_id)
         for name, entry in self.manifest(artifact_id).files.items():
             if file_digest(folder / name) != entry["sha256"]:
-                raise _damaged(folder, f"the bytes of {name} are not those that were written")
+                raise damaged(folder, f"the bytes of {name} are not those that were written")
 
     def commit(self, manifest: Manifest) -> Path:
         """Finishes what lies in the `.partial` folder: digests, manifest last, one rename.
 
         The folder's hidden files (owner, locks) are left out. Returns the finished folder.
+
+        Raises:
+            OwnedError: if another process has taken the folder over from this one, which it thought dead.
         """
         partial, final = self.partial(manifest.id), self.folder(manifest.id)
+        require_mine(partial)
         manifest.files = _describe_files(partial)
         write_json(partial / MANIFEST, dataclasses.asdict(manifest))
         _sync(partial)
@@ -127,7 +161,7 @@ class Store:
         absent = [artifact_id for artifact_id in named.values() if not self.is_finished(artifact_id)]
         if absent:
             raise ArtifactError(f"{self.folder(absent[0])} is not finished. Run the command again to make it.")
-        return {name: self.folder(artifact_id) for name, artifact_id in named.items()}
+        return {name: self.fetch(artifact_id) for name, artifact_id in named.items()}
 
 
 def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -147,5 +181,6 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _damaged(folder: Path, what: str) -> ArtifactError:
+def damaged(folder: Path, what: str) -> ArtifactError:
+    """Builds the complaint about an artifact that is not as it was written."""
     return ArtifactError(f"{folder} is damaged: {what}. Delete that folder, and the next run makes it again.")
