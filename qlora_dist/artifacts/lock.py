@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from qlora_dist.artifacts.objects import Objects
 from qlora_dist.artifacts.owner import OwnedError
+from qlora_dist.runtime import log
 
 BEAT_S = 20.0
 SILENT_S = 120.0
@@ -25,7 +29,12 @@ class Lock:
 
     def __init__(self, objects: Objects, folder: str, job: str, silent_s: float = SILENT_S) -> None:
         self._objects, self._folder, self._silent_s = objects, folder, silent_s
-        self._me: dict[str, Any] = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._me: dict[str, Any] = {
+            "job": job,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "token": uuid.uuid4().hex,
+        }
         self._number = 0
 
     @property
@@ -71,6 +80,43 @@ class Lock:
 
     def _said(self, **more: Any) -> bytes:
         return json.dumps(self._me | more).encode()
+
+
+@contextmanager
+def held(objects: Objects, folder: str, job: str) -> Iterator[Lock]:
+    """Holds a lock inside the `with` block.
+
+    Raises:
+        OwnedError: if another is alive.
+    """
+    lock = Lock(objects, folder, job)
+    lock.take()
+    with beating(lock.beat):
+        try:
+            yield lock
+        finally:
+            lock.release()
+
+
+@contextmanager
+def beating(beat: Callable[[], None]) -> Iterator[None]:
+    """Calls `beat` every `BEAT_S` inside the `with` block; a store that can't be reached is tried again."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(BEAT_S):
+            try:
+                beat()
+            except Exception as error:  # whatever the store's library raises; a silent lock is lost, no more
+                log.warning("the store can't be reached (%s); trying again", error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def last_owner(objects: Objects, folder: str) -> tuple[int, dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""Files at a URL: the few things that are asked of fsspec, for `s3://`, `gs://`, `memory://` and whatever else it knows."""
+"""Files at a URL: the few things that are asked of fsspec, for `s3://`, `gs://`, `memory://` and what else it knows."""
 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,21 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 def is_url(root: str) -> bool:
     """Says that a root is a URL rather than a folder of this machine."""
     return "://" in root and not root.startswith("file://")
+
+
+def read_text(address: str) -> str:
+    """Reads a text file by its path or its URL.
+
+    Raises:
+        OSError: if it isn't there.
+    """
+    if not is_url(address):
+        return Path(address).read_text(encoding="utf-8")
+    folder, _, name = address.rpartition("/")
+    found = Objects(folder).read(name)
+    if found is None:
+        raise FileNotFoundError(f"{address} is not there")
+    return found.decode()
 
 
 class Objects:
@@ -153,5 +169,19 @@ def _open(url: str) -> tuple[Any, str]:
 def unreachable(url: str, error: Exception) -> ArtifactError:
     """Says that a URL can't be read or written, and what to look at."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    repair = "Check the name of the bucket and your credentials (for S3 AWS_PROFILE or AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)"
-    return ArtifactError(f"root={url}: it can't be read or written ({reason}). {repair}.")
+    repair = "Check the bucket's name and your credentials (S3: AWS_PROFILE or AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)."
+    return ArtifactError(f"root={url}: it can't be read or written ({reason}). {repair}")
+
+
+def require_writable(url: str) -> None:
+    """Writes a small file below a URL and removes it.
+
+    Raises:
+        ArtifactError: if that can't be done, with what the store said.
+    """
+    objects, probe = Objects(url), f".probe-{uuid.uuid4().hex}"
+    try:
+        objects.write(probe, b"")
+        objects.remove([probe])
+    except Exception as error:  # each store's library has its own
+        raise unreachable(url, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from qlora_dist.errors import ArtifactError
+from qlora_dist.errors import ArtifactError, Preempted
 from qlora_dist.runtime import write_json
 
 OWNER = ".owner.json"
@@ -37,6 +38,53 @@ def describe(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid')} on {owner.get('host')} ({owner.get('job')})"
 
 
+class Host:
+    """A machine as ownership sees it: who works here, who is alive, what the file system's clock says."""
+
+    def myself(self) -> dict[str, Any]:
+        """Names this process as no other, on this machine or another, at any time."""
+        started = psutil.Process().create_time()
+        return {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+
+    def is_alive(self, owner: dict[str, Any], folder: Path) -> bool:
+        """Says whether an owner still works: on this machine the process table knows, elsewhere its heart is felt."""
+        if owner.get("host") != self.myself()["host"]:
+            return self.now(folder) - (folder / OWNER).stat().st_mtime < SILENT_S
+        try:
+            process = psutil.Process(owner["pid"])
+            return process.create_time() == owner["started"] and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def now(self, folder: Path) -> float:
+        """Reads the clock of the file system itself: hosts' clocks differ."""
+        probe = folder / f".clock-{os.getpid()}-{threading.get_ident()}"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink(missing_ok=True)
+        return now
+
+    def touch(self, path: Path) -> None:
+        """Lets a file say that its owner lives."""
+        os.utime(path)
+
+    @contextmanager
+    def beating(self, folder: Path, me: dict[str, Any]) -> Iterator[None]:
+        """Keeps the owner's heart beating inside the `with` block."""
+        stop = threading.Event()
+        beat = threading.Thread(target=_beat, args=(folder, me, stop), daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            beat.join()
+
+
+HOST = Host()
+"""The machine this process is on; simulations put another in its place."""
+
+
 @contextmanager
 def owned(folder: Path, job: str) -> Iterator[None]:
     """Owns `folder` inside the `with` block; takes over from a dead owner.
@@ -45,37 +93,28 @@ def owned(folder: Path, job: str) -> Iterator[None]:
         OwnedError: if a live process owns it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    me = HOST.myself() | {"job": job}
     with _guard(folder):
         owner = living_owner(folder)
         if owner is not None:
             raise OwnedError(owner)
-        write_json(folder / OWNER, _myself(job))
-    stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(folder / OWNER, stop), daemon=True)
-    beat.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        beat.join()
-        (folder / OWNER).unlink(missing_ok=True)  # gone already if the folder was renamed on commit
+        write_json(folder / OWNER, me)
+        HOST.touch(folder / OWNER)
+    with HOST.beating(folder, me):
+        try:
+            yield
+        finally:
+            if _is_of(_read(folder), me):  # else it was renamed on commit, or taken over
+                (folder / OWNER).unlink(missing_ok=True)
 
 
 def living_owner(folder: Path) -> dict[str, Any] | None:
     """Returns the live owner of a folder, or None if nobody, or only a dead process, owns it."""
+    owner = _read(folder)
     try:
-        owner: dict[str, Any] = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-        age_s = _clock(folder) - (folder / OWNER).stat().st_mtime
-    except (OSError, ValueError):
+        return owner if owner and HOST.is_alive(owner, folder) else None
+    except OSError:
         return None
-    if owner.get("host") != socket.gethostname():
-        return owner if age_s < SILENT_S else None
-    try:
-        alive = psutil.Process(owner["pid"]).create_time() == owner["started"]
-        alive = alive and psutil.Process(owner["pid"]).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        alive = False
-    return owner if alive else None
 
 
 def require_mine(folder: Path) -> None:
@@ -84,32 +123,33 @@ def require_mine(folder: Path) -> None:
     Raises:
         OwnedError: if another process has taken it over, having thought this one dead.
     """
-    try:
-        owner: dict[str, Any] = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if "pid" in owner and (owner["host"], owner["pid"]) != (socket.gethostname(), os.getpid()):
+    owner = _read(folder)
+    if "pid" in owner and not _is_of(owner, HOST.myself()):
         raise OwnedError(owner)
 
 
-def _myself(job: str) -> dict[str, Any]:
-    started = psutil.Process().create_time()
-    return {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "started": started}
+def _is_of(owner: dict[str, Any], me: dict[str, Any]) -> bool:
+    return all(owner.get(name) == me[name] for name in ("host", "pid", "started"))
 
 
-def _clock(folder: Path) -> float:
-    """Reads the clock of the file system itself: hosts' clocks differ."""
-    probe = folder / f".clock-{os.getpid()}-{threading.get_ident()}"
-    probe.touch()
-    now = probe.stat().st_mtime
-    probe.unlink(missing_ok=True)
-    return now
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
+def _beat(folder: Path, me: dict[str, Any], stop: threading.Event) -> None:
+    """Touches the owner's file; a process that was away for so long that another took over ends at once."""
     while not stop.wait(BEAT_S):
-        if path.exists():
-            os.utime(path)
+        owner = _read(folder)
+        if _is_of(owner, me):
+            with contextlib.suppress(OSError):  # renamed on commit a moment ago
+                os.utime(folder / OWNER)
+        elif owner and not stop.is_set():
+            print(f"error: {folder} was taken over by {describe(owner)}: this process was silent too long", flush=True)
+            os._exit(Preempted.exit_code)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Artifacts that are kept at a URL: made and read in a folder of this machine, finished there by a manifest written last.
+"""Artifacts that are kept at a URL: made and read in a folder of this machine, finished there by their manifest.
 
 At the URL, `<stage>/<label>-<key>/manifest.json` names the folder beside it that holds the files; each life of a maker
 uploads to a folder of its own, so that files of two never mix, and the first manifest stays. What a killed life left
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
+import re
 import shutil
-import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,12 @@ from typing import Any
 
 from qlora_dist.artifacts import lock as locks
 from qlora_dist.artifacts.fingerprint import file_digest
-from qlora_dist.artifacts.lock import Lock
+from qlora_dist.artifacts.lock import Lock, beating
 from qlora_dist.artifacts.mirror import Mirror
 from qlora_dist.artifacts.objects import Objects, is_url
 from qlora_dist.artifacts.owner import OwnedError, owned
 from qlora_dist.artifacts.store import MANIFEST, Manifest, Store, damaged
 from qlora_dist.errors import ArtifactError
-from qlora_dist.runtime import log
 
 LIFE = ".life"
 """The hidden file of a partial folder that says which owner worked in it last."""
@@ -103,8 +103,8 @@ class RemoteStore(Store):
                 self.objects.download(f"{artifact_id}/{files_in}", manifest.files, aside)
                 for name, entry in manifest.files.items():
                     if file_digest(aside / name) != entry["sha256"]:
-                        where = Path(f"{self.objects.url}/{artifact_id}/{files_in}/{name}")
-                        raise damaged(where, "its bytes are not those that were written")
+                        where = f"{self.objects.url}/{artifact_id}"
+                        raise damaged(where, f"the bytes of {files_in}/{name} are not those that were written")
                 aside.mkdir(exist_ok=True)
                 (aside / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest)), encoding="utf-8")
                 aside.rename(folder)
@@ -132,7 +132,7 @@ class RemoteStore(Store):
         folder = super().commit(manifest)
         files_in = f"files-{uuid.uuid4().hex[:12]}"
         self.objects.upload(folder, manifest.files, f"{manifest.id}/{files_in}")
-        if held is not None and not held.is_mine():
+        if held is not None and not held.is_mine() and not self.objects.exists(f"{manifest.id}/{MANIFEST}"):
             self._drop(manifest.id, files_in)
             raise OwnedError(locks.last_owner(self.objects, _partial(manifest.id))[1])
         said = json.dumps(dataclasses.asdict(manifest) | {FILES_IN: files_in}, indent=2, sort_keys=True)
@@ -159,14 +159,10 @@ class RemoteStore(Store):
                 mirror.fetch()
             (partial / LIFE).write_text(lock.token, encoding="utf-8")
             self._locks[artifact_id] = lock
-            stop = threading.Event()
-            beat = threading.Thread(target=_keep, args=(lock, mirror, stop), daemon=True)
-            beat.start()
             try:
-                yield
+                with beating(lambda: _beat(lock, mirror)):
+                    yield
             finally:
-                stop.set()
-                beat.join()
                 del self._locks[artifact_id]
                 self._leave(artifact_id, lock, mirror)
 
@@ -193,9 +189,9 @@ class RemoteStore(Store):
             files_in = str(said.pop(FILES_IN))
             manifest = Manifest(**said)
         except (TypeError, KeyError) as error:
-            raise damaged(Path(where), f"{MANIFEST} can't be read ({error})") from error
+            raise damaged(where, f"{MANIFEST} can't be read ({error})") from error
         if manifest.id != artifact_id:
-            raise damaged(Path(where), f"{MANIFEST} is of {manifest.id}")
+            raise damaged(where, f"{MANIFEST} is of {manifest.id}")
         return manifest, files_in
 
     def _drop(self, artifact_id: str, files_in: str) -> None:
@@ -213,15 +209,10 @@ def _partial(artifact_id: str) -> str:
     return f"{artifact_id}.partial"
 
 
-def _keep(lock: Lock, mirror: Mirror | None, stop: threading.Event) -> None:
-    """Beats, and copies what is new, until told to stop; a store that can't be reached for a moment is tried again."""
-    while not stop.wait(locks.BEAT_S):
-        try:
-            lock.beat()
-            if mirror:
-                mirror.push()
-        except Exception as error:  # whatever the store's library raises; a lock that stays silent is lost, no more
-            log.warning("the store can't be reached (%s); trying again", error)
+def _beat(lock: Lock, mirror: Mirror | None) -> None:
+    lock.beat()
+    if mirror:
+        mirror.push()
 
 
 @contextmanager
@@ -238,3 +229,9 @@ def resolve_root(root: str) -> str:
         return root.rstrip("/")
     return str(Path(root.removeprefix("file://")).expanduser().resolve())
 
+
+def staging_folder(root: str, staging: str) -> Path:
+    """Returns the folder of this machine in which a root that is a URL is staged: one of its own below `staging`."""
+    top = Path(staging).expanduser() if staging else Path("~/.cache/qlora_dist/staging").expanduser()
+    name = re.sub(r"[^A-Za-z0-9]+", "-", root.rpartition("://")[2]).strip("-")
+    return top / f"{name[-40:]}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"

@@ -181,6 +181,6 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def damaged(folder: Path, what: str) -> ArtifactError:
+def damaged(folder: object, what: str) -> ArtifactError:
     """Builds the complaint about an artifact that is not as it was written."""
     return ArtifactError(f"{folder} is damaged: {what}. Delete that folder, and the next run makes it again.")

@@ -23,6 +23,7 @@ class RunConfig:
 
     name: str = execution("run")
     root: str = execution("runs")
+    staging: str = execution("")
     seed: int = setting(17, at_least=0, at_most=2**31 - 1)
     plan_only: bool = execution(False)
     domain: dict[str, DomainConfig] = setting(dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -49,8 +49,8 @@ class Job:
     nodes: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     any_node: bool = False
-    needs: list[list[Path]] = field(default_factory=list)
-    """The folders that each of its nodes reads."""
+    has_inputs: Callable[[], bool] = bool
+    """Says whether all that any one of its nodes reads is there."""
     words: list[Path] = field(default_factory=list)
     """Where each of its nodes leaves word of a failure."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Job:
             return None
         if all(state.is_good for state in states):
             return True
-        return any(all(folder.exists() for folder in folders) for folders in self.needs)
+        return self.has_inputs()
 
     def exit_code(self, code: int) -> int:
         """Returns how it ended: what its nodes left word of, else the process's own exit code.

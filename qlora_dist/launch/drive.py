@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from qlora_dist.artifacts.owner import OwnedError, describe, owned
+from qlora_dist.artifacts.objects import is_url, require_writable
+from qlora_dist.artifacts.owner import OwnedError, describe
 from qlora_dist.config.run import RunConfig
 from qlora_dist.errors import ArtifactError, LaunchError
 from qlora_dist.launch.base import Launcher, Machine, State
@@ -20,7 +21,8 @@ from qlora_dist.launch.local import LocalLauncher, this_machine
 from qlora_dist.launch.screen import Screen, clock, plan_table
 from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed
 from qlora_dist.pipeline.nodes import make_plan, unread_keys
-from qlora_dist.pipeline.plan import PLAN, Plan, drift, read_plan
+from qlora_dist.pipeline.plan import Plan, drift, read_plan
+from qlora_dist.pipeline.publish import claimed, publish
 
 POLL_S = 0.2
 
@@ -37,7 +39,10 @@ def run(config: RunConfig, command: str, console: Console) -> int:
     plan = make_plan(config, command)
     plan.notes += unread_keys(config, _set_keys(command))
     before = _previous(plan)
-    cached = {node.name: plan.store.is_finished(node.id) for node in plan.nodes}
+    if is_url(plan.root):
+        require_writable(plan.root)
+    finished = plan.store.finished(node.id for node in plan.nodes)
+    cached = {node.name: node.id in finished for node in plan.nodes}
     moved = drift(plan, before)
     if config.plan_only:
         console.print(plan_table(plan, cached, moved))
@@ -47,8 +52,9 @@ def run(config: RunConfig, command: str, console: Console) -> int:
         console.print(f"Nothing to do: all {len(plan.nodes)} nodes are finished, and nothing they read has changed.")
         return _show_results(plan, _read_summary(plan), console)
     try:
-        with owned(_writable(plan.folder), f"launch {plan.experiment}"):
-            plan.write()
+        _writable(plan.folder)
+        with claimed(plan, f"launch {plan.experiment}"):
+            publish(plan, [plan.write()])
             _say_drift(moved, console)
             _say_notes(plan, console)
             return _drive(plan, _launcher(config), cached, console)
@@ -107,6 +113,8 @@ def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:
         console.print(score_table(summary))
     console.print(f"report   {plan.folder / 'report.html'}", soft_wrap=True)
     console.print(f"summary  {plan.folder / 'summary.json'}", soft_wrap=True)
+    if is_url(plan.root):
+        console.print(f"kept at  {plan.root}/{plan.experiment}", soft_wrap=True)
     if summary["adapter"]:
         console.print(f"adapter  {summary['adapter']}", soft_wrap=True)
         console.print(Text(f"use it   {summary['use']}"), soft_wrap=True)
@@ -160,7 +168,7 @@ def _say_notes(plan: Plan, console: Console) -> None:
 
 def _previous(plan: Plan) -> Plan | None:
     try:
-        return read_plan(plan.folder / PLAN)
+        return read_plan(plan.address)
     except ArtifactError:
         return None  # the first run, or a plan of an older version
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from graphlib import TopologicalSorter
 
 from qlora_dist.launch.base import Job, Machine, State
-from qlora_dist.pipeline.plan import PLAN, Node, Plan
+from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
 
 LIGHT_BYTES = 600 << 20
@@ -40,7 +41,7 @@ def make_jobs(plan: Plan, to_run: Iterable[Node], machine: Machine, model_bytes:
 def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, model_bytes: int) -> Job:
     first, stage = nodes[0], STAGES[nodes[0].stage]
     ranks = first.world_size
-    worker = ["-m", "qlora_dist.pipeline", str(plan.folder / PLAN), *(node.id for node in nodes)]
+    worker = ["-m", "qlora_dist.pipeline", plan.address, *(node.id for node in nodes)]
     if ranks > 1:
         worker = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker]
     before = (plan.node(artifact_id).job for node in nodes for artifact_id in node.inputs.values())
@@ -50,13 +51,17 @@ def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, m
         log=plan.log_path(first),
         nodes=[node.name for node in nodes],
         after=[name for name in dict.fromkeys(before) if name != first.job],
-        needs=[[plan.store.folder(artifact_id) for artifact_id in node.inputs.values()] for node in nodes],
+        has_inputs=partial(_any_ready, plan, nodes),
         words=[plan.failure_path(node) for node in nodes],
         environment={"OMP_NUM_THREADS": str(max(1, cores // ranks))},
         cores=cores,
         gpus=min(ranks, machine.gpus) if stage.loads_model else 0,
         memory_bytes=(HEAVY_BYTES + 2 * model_bytes) * ranks if stage.loads_model else LIGHT_BYTES,
     )
+
+
+def _any_ready(plan: Plan, nodes: Sequence[Node]) -> bool:
+    return any(plan.has_inputs(node) for node in nodes)
 
 
 def node_states(plan: Plan, jobs: Iterable[Job], states: Mapping[str, State]) -> dict[str, State]:
@@ -74,7 +79,7 @@ def node_states(plan: Plan, jobs: Iterable[Job], states: Mapping[str, State]) ->
 def _state_within(plan: Plan, node: Node, job: State) -> State:
     if job in (State.waiting, State.skipped):
         return job
-    if plan.store.folder(node.id).exists():
+    if plan.store.has(node.id):
         return State.done
     if plan.failure_path(node).exists() and job is not State.cancelled:
         return State.failed

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 from qlora_dist.errors import QloraDistError
 from qlora_dist.runtime import quiet_libraries
@@ -21,7 +20,7 @@ LAUNCHER_VARIABLE = "QLORA_DIST_LAUNCHER"
 def main(argv: list[str] | None = None) -> int:
     """Runs the named nodes and returns the first non-zero exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_dist.pipeline", description="Run nodes of a frozen plan.")
-    parser.add_argument("plan", type=Path, help="the plan.json of a run")
+    parser.add_argument("plan", help="the plan.json of a run: a path, or a URL")
     parser.add_argument("nodes", nargs="+", metavar="node", help="<stage>/<label>, as plan_only=true lists them")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -30,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     _watch_launcher()
     from qlora_dist.pipeline.group import run_nodes
     from qlora_dist.pipeline.plan import read_plan
+    from qlora_dist.pipeline.publish import published
 
     try:
         plan = read_plan(args.plan)
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return run_nodes(plan, nodes)
+    with published(plan, nodes):
+        return run_nodes(plan, nodes)
 
 
 def _watch_launcher() -> None:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from qlora_dist.config.evaluate import EvaluateConfig
 from qlora_dist.errors import disk_error
 from qlora_dist.pipeline.plan import Node, Plan
+from qlora_dist.pipeline.publish import fetch_word, publish
 from qlora_dist.pipeline.run import circumstances
 from qlora_dist.runtime import write_json
 
@@ -57,6 +58,7 @@ def close_run(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
     from qlora_dist.evaluate.report import write_report
 
     write_report(summary, plan.folder)
+    publish(plan)
     return summary
 
 
@@ -103,7 +105,7 @@ def _finished(plan: Plan, endings: Mapping[str, Ending], stage: str) -> list[Nod
 def _scores(plan: Plan, endings: Mapping[str, Ending]) -> list[dict[str, Any]]:
     rows = []
     for node in _finished(plan, endings, "scores"):
-        path = plan.store.folder(node.id) / "scores.json"
+        path = plan.store.fetch(node.id) / "scores.json"
         rows += json.loads(path.read_text(encoding="utf-8"))["rows"]
     return rows
 
@@ -112,7 +114,7 @@ def _assessment(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
     """Compares each model with the base, and judges the merged one by the config's thresholds."""
     from qlora_dist.evaluate.gate import assess
 
-    folders = {node.label: plan.store.folder(node.id) for node in _finished(plan, endings, "scores")}
+    folders = {node.label: plan.store.fetch(node.id) for node in _finished(plan, endings, "scores")}
     schema = OmegaConf.structured(EvaluateConfig)
     config = OmegaConf.to_object(OmegaConf.merge(schema, plan.config["evaluate"]))
     assert isinstance(config, EvaluateConfig)
@@ -123,7 +125,7 @@ def _curves(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, list[dict[st
     curves = {}
     for stage in ("tiny", "adapter"):
         for node in _finished(plan, endings, stage):
-            path = plan.store.folder(node.id) / "metrics.jsonl"
+            path = plan.store.fetch(node.id) / "metrics.jsonl"
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 curves[node.label] = [json.loads(line) for line in lines]
@@ -140,7 +142,7 @@ def _ship(plan: Plan, endings: Mapping[str, Ending]) -> Path | None:
     shutil.rmtree(aside, ignore_errors=True)
     if merged:
         ignored = shutil.ignore_patterns("manifest.json", ".*")
-        shutil.copytree(plan.store.folder(merged[0].id), aside, ignore=ignored)
+        shutil.copytree(plan.store.fetch(merged[0].id), aside, ignore=ignored)
     shutil.rmtree(final, ignore_errors=True)
     if not merged:
         return None
@@ -153,11 +155,12 @@ def ending_of(plan: Plan, node: Node, state: str, seconds: float) -> Ending:
     if state != "failed":
         return Ending(state, seconds)
     log = plan.log_path(node)
+    fetch_word(plan, node)
     try:
         message = json.loads(plan.failure_path(node).read_text(encoding="utf-8"))["message"]
     except (OSError, ValueError):
-        if shutil.disk_usage(plan.root).free < FULL_BYTES:
-            return Ending(state, seconds, str(disk_error(OSError(errno.ENOSPC, ""), plan.root)))
+        if shutil.disk_usage(plan.staged_root).free < FULL_BYTES:
+            return Ending(state, seconds, str(disk_error(OSError(errno.ENOSPC, ""), plan.staged_root)))
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
         message = (
             f"The process ended without a word (killed, or out of memory?). Last line of the log: {(lines or [''])[-1]}"

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
-from pathlib import Path
 
 from qlora_dist.errors import Preempted, QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
@@ -85,7 +84,7 @@ def _make(plan: Plan, nodes: Sequence[Node], stack: ExitStack) -> int:
         )
         return max(_end(plan, node, made[node.label], time.monotonic() - started) for node in nodes)
     except OSError as error:
-        raise disk_error(error, Path(plan.root)) or error from error
+        raise disk_error(error, plan.staged_root) or error from error
 
 
 def _end(plan: Plan, node: Node, made: Facts | QloraDistError, seconds: float) -> int:

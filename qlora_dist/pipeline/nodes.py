@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qlora_dist.artifacts.leaves import folder_digest
+from qlora_dist.artifacts.remote import resolve_root
 from qlora_dist.config import stages as told
 from qlora_dist.config.data import DomainConfig
 from qlora_dist.config.fields import everything
@@ -48,8 +49,8 @@ class _Planner:
 
     def __init__(self, config: RunConfig, command: str) -> None:
         self.config = config
-        root = str(Path(config.root).expanduser().resolve())
-        self.plan = Plan(experiment=config.name, root=root, command=command, config=everything(config))
+        root, told = resolve_root(config.root), everything(config)
+        self.plan = Plan(experiment=config.name, root=root, command=command, config=told, staging=config.staging)
         self.domains: dict[str, DomainConfig] = {GENERAL: config.general, **config.domain}
         self.splits = {name: self._splits(name) for name in self.domains}
         self.tokenizer = self._tokenizer()

@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qlora_dist.artifacts.fingerprint import differences, recipe_key
+from qlora_dist.artifacts.objects import is_url, read_text
+from qlora_dist.artifacts.remote import open_store, staging_folder
 from qlora_dist.artifacts.store import Store
 from qlora_dist.config.fields import everything, identity
 from qlora_dist.errors import ArtifactError
@@ -69,6 +71,8 @@ class Plan:
     config: dict[str, Any]
     nodes: list[Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    staging: str = ""
+    _store: Store | None = field(default=None, init=False, repr=False, compare=False)
     _index: dict[str, Node] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,12 +82,24 @@ class Plan:
     @property
     def store(self) -> Store:
         """The artifacts of this root, shared by all its experiments."""
-        return Store(Path(self.root) / "artifacts")
+        if self._store is None:
+            self._store = open_store(self.root, self.staged_root)
+        return self._store
+
+    @property
+    def staged_root(self) -> Path:
+        """The root itself, or the folder of this machine in which a root that is a URL is staged."""
+        return staging_folder(self.root, self.staging) if is_url(self.root) else Path(self.root)
 
     @property
     def folder(self) -> Path:
-        """The folder of this experiment: plan, logs, report."""
-        return Path(self.root) / self.experiment
+        """The folder of this experiment, on this machine: plan, logs, report."""
+        return self.staged_root / self.experiment
+
+    @property
+    def address(self) -> str:
+        """What a worker is told to find this plan: a path, or a URL."""
+        return f"{self.root}/{self.experiment}/{PLAN}" if is_url(self.root) else str(self.folder / PLAN)
 
     def log_path(self, node: Node) -> Path:
         """Returns the log file of the job that makes a node."""
@@ -101,7 +117,7 @@ class Plan:
 
     def has_inputs(self, node: Node) -> bool:
         """Says that everything a node reads is finished."""
-        return all(self.store.folder(artifact_id).exists() for artifact_id in node.inputs.values())
+        return all(self.store.has(artifact_id) for artifact_id in node.inputs.values())
 
     def node(self, name_or_id: str) -> Node:
         """Finds a node by its name or its artifact's id.
@@ -159,14 +175,15 @@ class Plan:
         return self.folder / PLAN
 
 
-def read_plan(path: Path) -> Plan:
-    """Reads a frozen plan.
+def read_plan(address: str | Path) -> Plan:
+    """Reads a frozen plan from a path or a URL.
 
     Raises:
         ArtifactError: if the file is absent or is no plan.
     """
+    path = str(address)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
         return Plan(**{**values, "nodes": [Node(**node) for node in values["nodes"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{path} is no plan ({error}). Make one with python -m qlora_dist.launch.") from error

@@ -18,10 +18,10 @@ from typing import Any
 
 import psutil
 
-from qlora_dist.artifacts.owner import OwnedError, describe, living_owner, owned
+from qlora_dist.artifacts.owner import OwnedError, describe
 from qlora_dist.artifacts.store import Manifest
 from qlora_dist.config.evaluate import TrackingConfig, TrackingName
-from qlora_dist.errors import QloraDistError, disk_error
+from qlora_dist.errors import Preempted, QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
 from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, rank, sinks, world_size, write_json
@@ -51,6 +51,7 @@ def run_node(plan: Plan, node: Node) -> None:
 def begin(plan: Plan, node: Node) -> Path:
     """Readies the folder in which a node is made, and where it says how far it is."""
     out, progress = plan.store.partial(node.id), plan.progress_path(node)
+    out.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
         progress.unlink(missing_ok=True)
         if not STAGES[node.stage].resumes:
@@ -96,26 +97,28 @@ def _track(plan: Plan, node: Node, lane: str, stack: ExitStack) -> None:
 @contextmanager
 def ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
     """Owns the node's `.partial` folder, on rank 0; waits while another live process makes the same artifact."""
-    store, partial = plan.store, plan.store.partial(node.id)
+    store, resumes = plan.store, STAGES[node.stage].resumes
     job = f"{plan.experiment}: {node.name}{_torchrun()}"
     told = False
     while not store.is_finished(node.id):
         if rank() != 0:
-            owner = living_owner(partial) if partial.exists() else None
+            owner = store.living_owner(node.id)
             if owner and owner["job"] == job:
                 yield True
                 return
             time.sleep(poll_s / 10)
             continue
-        try:
-            with owned(partial, job):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(store.owned(node.id, job, resumes=resumes))
+            except OwnedError as error:
+                if not told:
+                    log.info("%s is being made by %s; waiting", node.name, describe(error.owner))
+                told = True
+            else:
                 yield True
                 return
-        except OwnedError as error:
-            if not told:
-                log.info("%s is being made by %s; waiting", node.name, describe(error.owner))
-            told = True
-            time.sleep(poll_s)
+        time.sleep(poll_s)
     yield False
 
 
@@ -153,6 +156,7 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name, version in versions.items() if version},
         "commit": _commit(),
+        "processes": world_size(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
     }
 
@@ -192,6 +196,9 @@ def reporting(plan: Plan, nodes: Sequence[Node], work: Callable[[], int]) -> int
             plan.failure_path(node).unlink(missing_ok=True)
     try:
         return work()
+    except OwnedError as error:  # the next life waits for the other's artifact
+        message = f"It was taken over by {describe(error.owner)}: this process was silent for too long."
+        code = Preempted.exit_code
     except QloraDistError as error:
         message, code = str(error), error.exit_code
     except KeyboardInterrupt:

@@ -56,9 +56,9 @@ def test_states_within_a_job_are_told_from_what_is_there(plan):
 
 
 def test_a_job_of_several_starts_when_one_of_its_nodes_can_be_made(tmp_path):
-    there, absent = tmp_path / "there", tmp_path / "absent"
+    there = tmp_path / "there"
     there.mkdir()
-    job = Job(name="j", argv=[], log=tmp_path / "log", any_node=True, needs=[[there], [there, absent]])
+    job = Job(name="j", argv=[], log=tmp_path / "log", any_node=True, has_inputs=there.exists)
     assert job.can_start([State.done, State.running]) is None
     assert job.can_start([State.done, State.failed]) is True
     there.rmdir()
