@@ -19,6 +19,7 @@ from qlora_dist.errors import disk_error
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.publish import fetch_word, publish
 from qlora_dist.pipeline.run import circumstances
+from qlora_dist.pipeline.sealed import sealed_sets, warnings_of
 from qlora_dist.runtime import write_json
 
 SUMMARY = "summary.json"
@@ -38,6 +39,7 @@ class Ending:
 def close_run(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
     """Writes `summary.json`, `report.html` and, when there is one to ship, `adapter/`; returns the summary."""
     shipped = _ship(plan, endings)
+    sealed = sealed_sets(plan)
     summary = {
         "experiment": plan.experiment,
         "command": plan.command,
@@ -49,7 +51,8 @@ def close_run(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
         "curves": _curves(plan, endings),
         "adapter": str(shipped) if shipped else None,
         "use": use_command(plan, shipped) if shipped else "",
-        "notes": plan.notes,
+        "sealed": sealed,
+        "notes": plan.notes + warnings_of(sealed),
         **{k: v for k, v in circumstances().items() if k in {"commit", "time"}},
         "package_versions": circumstances()["versions"],
         "hardware": circumstances()["machine"],
@@ -86,6 +89,7 @@ def _describe(plan: Plan, node: Node, ending: Ending) -> dict[str, Any]:
         "stage": node.stage,
         "label": node.label,
         "key": node.key,
+        "inputs": node.inputs,
         "state": ending.state,
         "seconds": round(ending.seconds, 1),
         "log": str(plan.log_path(node)),
