@@ -155,6 +155,10 @@ class DomainConfig:
 
     Only `sources` and `clean` decide what stage `records` makes; the other fields reach the stages that read them in
     configs of their own, and so stay out of its key.
+
+    `terms` are the domain's own words and phrases, by which its scores count what a model knows to say; an entry that
+    ends in `.txt` is a file with one a line. Without any, they are found in the training text by the rule of
+    `evaluate.terms`.
     """
 
     sources: list[SourceConfig] = setting(list)
@@ -166,10 +170,25 @@ class DomainConfig:
     shard_mode: ShardMode = execution(ShardMode.iid)
     shard_weight: float = execution(1.0, above=0)
     render: RenderConfig = execution(RenderConfig)
+    terms: list[str] = execution(list)
 
     def check(self, key: str) -> None:
-        """Refuses a domain without sources."""
+        """Refuses a domain without sources; puts the lines of a term file in place of its name.
+
+        Raises:
+            ConfigError: if there is no source, or a term file can't be read.
+        """
         if not self.sources:
             raise bad_value(
                 f"{key}.sources", self.sources, "at least one source", f"Set {key}.sources=[{{path: DIR}}]."
             )
+        self.terms = [term for entry in self.terms for term in _terms(f"{key}.terms", entry)]
+
+
+def _terms(key: str, entry: str) -> list[str]:
+    if not entry.endswith(".txt"):
+        return [entry]
+    path = Path(entry).expanduser()
+    if not path.is_file():
+        raise bad_value(key, entry, "a term, or a text file with one a line")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -105,11 +105,15 @@ class MergedConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScoresConfig:
-    """Stage `scores`: measure one model on every held-out set; `render` says by domain how questions are put."""
+    """Stage `scores`: measure one model on every held-out set.
+
+    By domain, `render` says how questions are put, and `terms` lists the domain's own words.
+    """
 
     model: ModelConfig = setting(ModelConfig)
     evaluate: EvaluateConfig = setting(EvaluateConfig)
     render: dict[str, RenderConfig] = setting(dict)
+    terms: dict[str, list[str]] = setting(dict)
     name: str = "base"
     full: bool = False
 

@@ -18,6 +18,7 @@ from qlora_dist.data.encode import Encoder
 from qlora_dist.data.record import Record, read_records
 from qlora_dist.evaluate import measures
 from qlora_dist.evaluate.generate import Generated, Prompter, generate
+from qlora_dist.evaluate.loading import Models
 from qlora_dist.evaluate.schema import schema_failure, schema_of_references
 from qlora_dist.evaluate.statistics import estimate_ratio
 from qlora_dist.evaluate.terms import SPLITS_PREFIX, terms_of
@@ -42,17 +43,30 @@ class Answer:
     measures: dict[str, float] = field(default_factory=dict)
 
 
-def answer_questions(model: Any, config: ScoresConfig, inputs: Mapping[str, Path]) -> list[Answer]:
-    """Returns the model's answers to the first `evaluate.max_answers` questions of each domain that has any."""
-    names = [name for name in sorted(inputs) if name.startswith(SPLITS_PREFIX)]
-    if not (config.evaluate.max_answers and names):
-        return []
-    answers: list[Answer] = []
+def answer_questions(
+    models: Models,
+    configs: Mapping[str, ScoresConfig],
+    inputs: Mapping[str, Mapping[str, Path]],
+    outs: Mapping[str, Path],
+) -> None:
+    """Writes each model's answers to the first `evaluate.max_answers` questions of each domain that has any.
+
+    All models answer in the same batches, each row of a batch with its own adapter. They are asked the same: their
+    configs and inputs differ in nothing but the adapter. A model that answered in an earlier life is not asked again.
+    """
+    asked = [label for label in configs if not (outs[label] / ANSWERS_FILE).exists()]
+    if not asked:
+        return
+    config, given = configs[asked[0]], inputs[asked[0]]
+    names = [name for name in sorted(given) if name.startswith(SPLITS_PREFIX)] if config.evaluate.max_answers else []
+    answers: dict[str, list[Answer]] = {label: [] for label in asked}
     for name in names:
-        answers += _answer_domain(model, config, inputs, name.removeprefix(SPLITS_PREFIX))
-    if answers and measures.rouge_l("a", "a") is None:
+        for label, said in _answer_domain(models, asked, config, given, name.removeprefix(SPLITS_PREFIX)).items():
+            answers[label] += said
+    if any(answers.values()) and measures.rouge_l("a", "a") is None:
         log.warning("rouge_l is left out: pip install 'qlora_dist[tasks]'")
-    return answers
+    for label in asked:
+        write_answers(answers[label], outs[label])
 
 
 def _questions(path: Path, limit: int) -> list[Record]:
@@ -60,31 +74,44 @@ def _questions(path: Path, limit: int) -> list[Record]:
     return list(islice(asked, limit))
 
 
-def _answer_domain(model: Any, config: ScoresConfig, inputs: Mapping[str, Path], domain: str) -> list[Answer]:
+def _answer_domain(
+    models: Models, labels: Sequence[str], config: ScoresConfig, inputs: Mapping[str, Path], domain: str
+) -> dict[str, list[Answer]]:
     told = config.evaluate
     records = _questions(inputs[f"{SPLITS_PREFIX}{domain}"] / f"{told.split}.jsonl", told.max_answers)
     if not records:
-        return []
+        return {}
     prompter = Prompter(Encoder(inputs["tokenizer"], config.render.get(domain, RenderConfig())))
     prompts = [prompter.prompt_ids(r.messages[:-1]) for r in records]
-    said = list(generate(model, prompter, prompts, told.max_new_tokens, told.batch_tokens))
-    terms = terms_of(domain, inputs)
+    names = [models.adapter_names[label] for label in labels for _ in records]
+    shared = generate(models.network, prompter, prompts * len(labels), told.max_new_tokens, told.batch_tokens, names)
+    terms = terms_of(domain, config, inputs)
     schema = schema_of_references([r.messages[-1]["content"] for r in records])
-    answers = []
-    for record, generated in zip(records, said, strict=True):
-        answer = Answer(
-            domain=domain,
-            split=told.split,
-            record=record.id,
-            cluster=record.cluster or record.id,
-            kind=record.kind,
-            prompt=record.messages[-2]["content"],
-            reference=record.messages[-1]["content"],
-            answer=generated.text,
-        )
-        _measure(answer, generated, terms, schema)
-        answers.append(answer)
-    return answers
+    found: dict[str, list[Answer]] = {}
+    for label in labels:
+        said = list(islice(shared, len(records)))
+        found[label] = [
+            _judged(record, generated, domain, told.split, terms, schema)
+            for record, generated in zip(records, said, strict=True)
+        ]
+    return found
+
+
+def _judged(
+    record: Record, generated: Generated, domain: str, split: str, terms: frozenset[str], schema: dict[str, Any] | None
+) -> Answer:
+    answer = Answer(
+        domain=domain,
+        split=split,
+        record=record.id,
+        cluster=record.cluster or record.id,
+        kind=record.kind,
+        prompt=record.messages[-2]["content"],
+        reference=record.messages[-1]["content"],
+        answer=generated.text,
+    )
+    _measure(answer, generated, terms, schema)
+    return answer
 
 
 def _measure(answer: Answer, generated: Generated, terms: frozenset[str], schema: dict[str, Any] | None) -> None:
@@ -95,7 +122,9 @@ def _measure(answer: Answer, generated: Generated, terms: frozenset[str], schema
         "answer_tokens": float(generated.num_tokens),
         "ended": float(generated.ended),
     }
-    if answer.kind != "classification":
+    if answer.kind == "classification":
+        found["accuracy"] = found["exact_match"]
+    else:
         found |= {"token_f1": measures.token_f1(text, reference), "rouge_l": measures.rouge_l(text, reference)}
         found["term_recall"] = measures.term_recall(text, reference, terms)
     if answer.kind == "rag":

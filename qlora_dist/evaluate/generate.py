@@ -53,22 +53,42 @@ class Prompter:
 
 
 def generate(
-    model: Any, prompter: Prompter, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens: int
+    model: Any,
+    prompter: Prompter,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_tokens: int,
+    adapters: Sequence[str] | None = None,
 ) -> Iterator[Generated]:
-    """Yields the greedy answer to each prompt, in order; prompts of about one length share a batch."""
+    """Yields the greedy answer to each prompt, in order; prompts of about one length share a batch.
+
+    Args:
+        model: a causal language model, PEFT's wrapper or not.
+        prompter: of the tokenizer and template of training.
+        prompts: tokens, as `Prompter.prompt_ids` makes them.
+        max_new_tokens: of each answer.
+        batch_tokens: a batch's prompts and answers together.
+        adapters: PEFT's name of the adapter that answers each prompt (`__base__` for none): one batch may hold
+            several. Without it, what is switched on answers.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: dict[int, Generated] = {}
     while order:
         longest = len(prompts[order[-1]]) + max_new_tokens
         size = max(1, batch_tokens // longest)
         batch, order = order[-size:], order[:-size]
-        answers = _generate_batch(model, prompter, [prompts[i] for i in batch], max_new_tokens)
+        names = [adapters[i] for i in batch] if adapters is not None and hasattr(model, "peft_config") else None
+        answers = _generate_batch(model, prompter, [prompts[i] for i in batch], max_new_tokens, names)
         found.update(zip(batch, answers, strict=True))
     yield from (found[i] for i in range(len(prompts)))
 
 
 def _generate_batch(
-    model: Any, prompter: Prompter, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: Any,
+    prompter: Prompter,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    adapters: list[str] | None,
 ) -> list[Generated]:
     import torch
 
@@ -89,6 +109,7 @@ def _generate_batch(
             use_cache=True,
             eos_token_id=prompter.stop_ids,
             pad_token_id=pad,
+            **({"adapter_names": adapters} if adapters is not None else {}),
         )
     return [_until_stop(prompter, row) for row in out_BT[:, longest:].tolist()]
 

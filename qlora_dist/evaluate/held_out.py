@@ -43,8 +43,9 @@ class HeldOut:
         for index_B, batch, slots in measure_rows(
             model, self.rows, self.num_rows, batch_tokens, device(), with_kl=with_kl
         ):
-            self.calibration.add(slots, batch.trained_BT)
             self._add(index_B, batch, slots)
+            if np.isfinite(slots.nll_BT).all():  # what is broken is named below
+                self.calibration.add(slots, batch.trained_BT)
             progress.update(before + int(index_B[-1]) + 1)
         return self._checked()
 
@@ -71,6 +72,7 @@ class HeldOut:
 
     def _checked(self) -> list[Document]:
         documents = [self.sums[number] for number in sorted(self.sums)]
+        self.calibration.num_documents = len(documents)
         if not any(d.tokens for d in documents):
             key = f"domain.{self.domain}.split.{self.split}_share"
             raise DataError(f"domain.{self.domain}: split {self.split!r} holds nothing to score. Raise {key}.")

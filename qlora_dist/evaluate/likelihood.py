@@ -135,6 +135,8 @@ class TargetLoss:
             logits_to_keep=slots,
         ).logits[0]
         ours = self._logits(hidden_NH[: len(slots)])
+        if not torch.isfinite(own).all():
+            return  # a broken model: its sums say so, by document
         if not torch.allclose(own.float(), ours, rtol=0.05, atol=0.05 * float(own.float().std()) + 1e-3):
             kind = type(self._causal).__name__
             raise ModelError(

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
-from qlora_dist.evaluate.terms import WORD
+from qlora_dist.evaluate.terms import WORD, found_terms
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 MIN_SUPPORTED_CHARS = 4
@@ -73,8 +73,8 @@ def support(answer: str, context: str) -> float | None:
 
 def term_recall(answer: str, reference: str, terms: Collection[str]) -> float | None:
     """Returns the share of the reference's domain terms that the answer uses; None where it has none."""
-    wanted = {w for w in WORD.findall(reference.lower()) if w in terms}
-    return len(wanted & set(WORD.findall(answer.lower()))) / len(wanted) if wanted else None
+    wanted = found_terms(reference, terms)
+    return len(wanted & found_terms(answer, terms)) / len(wanted) if wanted else None
 
 
 def macro_f1(answers: Sequence[str], references: Sequence[str]) -> float:

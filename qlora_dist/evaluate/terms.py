@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_dist.config.stages import ScoresConfig
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.record import read_records
 
@@ -41,8 +43,13 @@ def _count(texts: Sequence[str]) -> Counter[str]:
     return Counter(w for text in texts for w in WORD.findall(text.lower()) if len(w) >= 4 and w.isalpha())
 
 
-def terms_of(domain: str, inputs: Mapping[str, Path]) -> frozenset[str]:
-    """Returns the terms of a domain from the splits among a stage's inputs; none for `general`, or without splits."""
+def terms_of(domain: str, config: ScoresConfig, inputs: Mapping[str, Path]) -> frozenset[str]:
+    """Returns a domain's terms: those of its config, else those that the rule finds in its splits.
+
+    There are none for `general`, nor without splits among a stage's inputs.
+    """
+    if listed := config.terms.get(domain):
+        return frozenset(" ".join(term.lower().split()) for term in listed)
     if domain == GENERAL or f"{SPLITS_PREFIX}{domain}" not in inputs:
         return frozenset()
     return domain_terms(_texts(inputs, domain), _texts(inputs, GENERAL))
@@ -53,12 +60,27 @@ def _texts(inputs: Mapping[str, Path], domain: str) -> list[str]:
     return [r.whole() for r in islice(read_records(folder / "train.jsonl"), NUM_RECORDS)] if folder else []
 
 
+def found_terms(text: str, terms: Collection[str]) -> set[str]:
+    """Returns the terms, of one word or of several, that stand in a text."""
+    if not terms:
+        return set()
+    return {" ".join(match[0].split()) for match in _pattern(frozenset(terms)).finditer(text.lower())}
+
+
+@cache
+def _pattern(terms: frozenset[str]) -> re.Pattern[str]:
+    """Returns what finds whole terms, the longest at each place."""
+    ordered = sorted(terms, key=lambda term: (-len(term), term))
+    written = (r"\s+".join(map(re.escape, term.split())) for term in ordered)
+    return re.compile(r"(?<!\w)(?:" + "|".join(written) + r")(?!\w)")
+
+
 class TermMarker:
     """Marks the tokens of a segment that spell a term, from the tokens alone."""
 
     def __init__(self, tokenizer: Path, terms: Collection[str]) -> None:
         self._tokenizer = Encoder(tokenizer).tokenizer
-        self._terms = terms
+        self._pattern = _pattern(frozenset(terms))
         self._pieces: dict[int, str] = {}
 
     def mark(self, tokens_T: NDArray[np.int64], trained_T: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], int]:
@@ -66,12 +88,11 @@ class TermMarker:
         pieces = [self._piece(int(token)) for token in tokens_T]
         ends = np.cumsum([len(piece) for piece in pieces])
         marked_T, num_terms = np.zeros(len(pieces), dtype=bool), 0
-        for word in WORD.finditer("".join(pieces)):
-            if word[0].lower() in self._terms:
-                first, last = np.searchsorted(ends, [word.start(), word.end() - 1], side="right")
-                if trained_T[first : last + 1].all():
-                    marked_T[first : last + 1] = True
-                    num_terms += 1
+        for term in self._pattern.finditer(_lower("".join(pieces))):
+            first, last = np.searchsorted(ends, [term.start(), term.end() - 1], side="right")
+            if trained_T[first : last + 1].all():
+                marked_T[first : last + 1] = True
+                num_terms += 1
         return marked_T, num_terms
 
     def _piece(self, token: int) -> str:
@@ -80,3 +101,9 @@ class TermMarker:
             raw = self._tokenizer.id_to_token(token) or ""
             self._pieces[token] = raw.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
         return self._pieces[token]
+
+
+def _lower(text: str) -> str:
+    """Returns lower case of the same length: places must stay (the Turkish dotted I has a longer one)."""
+    lower = text.lower()
+    return lower if len(lower) == len(text) else "".join(c if len(c.lower()) != 1 else c.lower() for c in text)

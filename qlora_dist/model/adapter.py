@@ -67,16 +67,22 @@ def check_adapter(folder: Path, base: Base) -> Provenance:
     return provenance
 
 
-def load_adapter(model: Any, folder: Path, base: Base) -> Any:
-    """Returns `model` with the adapter of `folder` on it, frozen, after checking that it belongs to `base`."""
+def load_adapter(model: Any, folder: Path, base: Base, name: str = "default") -> Any:
+    """Returns `model` with the adapter of `folder` on it, frozen, after checking that it belongs to `base`.
+
+    A model that has adapters already gets one more, called `name`.
+    """
     from peft import PeftModel
 
     from qlora_dist.model.quantize import keep_cpu_weights
 
     check_adapter(folder, base)
-    loaded = PeftModel.from_pretrained(model, str(folder))
-    keep_cpu_weights(loaded)
-    return loaded
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter_name=name)
+    else:
+        model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    keep_cpu_weights(model)
+    return model
 
 
 def save_adapter(model: Any, folder: Path, base: Base) -> None:

@@ -14,6 +14,7 @@ from qlora_dist.config.merge import MergeMethod
 from qlora_dist.config.run import RunConfig
 from qlora_dist.config.train import Method
 from qlora_dist.data.sources import leaf_digest, plan_parts
+from qlora_dist.errors import bad_value
 from qlora_dist.pipeline.plan import Node, Plan
 
 GENERAL, DEVELOPMENT = "general", "validation"
@@ -111,15 +112,20 @@ class _Planner:
         """Adds the scores of one model on every held-out set."""
         evaluate, full = self.config.evaluate, self.config.train.method is Method.full and adapter is not None
         render = {domain: c.render for domain, c in self.config.domain.items()} if evaluate.max_answers else {}
-        config = told.ScoresConfig(model=self.config.model, evaluate=evaluate, render=render, name=name, full=full)
+        terms = {domain: c.terms for domain, c in self.domains.items() if c.terms}
+        config = told.ScoresConfig(
+            model=self.config.model, evaluate=evaluate, render=render, terms=terms, name=name, full=full
+        )
         inputs = {"base": self.base} | ({"adapter": adapter} if adapter else {})
         inputs |= {f"rows-{domain}": self._held_out(domain, evaluate.split) for domain in self.domains}
-        if evaluate.max_answers:
+        if evaluate.max_answers or evaluate.lm_eval_tasks or terms:
             inputs |= {"tokenizer": self.tokenizer}
+        if evaluate.max_answers:
             inputs |= {f"splits-{domain}": node for domain, node in self.splits.items()}
         scored = sum(node.stage == "scores" for node in self.plan.nodes)
         group = "" if full else f"models-{scored // evaluate.models_per_job}"
-        return self.plan.add("scores", name, config, inputs=inputs, group=group)
+        leaves = self._task_leaves()
+        return self.plan.add("scores", name, config, inputs=inputs, leaves=leaves, group=group)
 
     def _splits(self, name: str) -> Node:
         domain = self.domains[name]
@@ -170,6 +176,16 @@ class _Planner:
         if folder.is_dir():
             return {"base": folder_digest(folder, self.plan.store.root)}
         return {"base": f"{model.path}@{model.revision}"}
+
+    def _task_leaves(self) -> dict[str, str]:
+        """Returns the digest of the folder of tasks: they are known by their bytes."""
+        evaluate = self.config.evaluate
+        if not (evaluate.lm_eval_tasks and evaluate.lm_eval_folder):
+            return {}
+        folder = Path(evaluate.lm_eval_folder).expanduser()
+        if not folder.is_dir():
+            raise bad_value("evaluate.lm_eval_folder", folder, "a folder of lm-eval task files")
+        return {"tasks": folder_digest(folder, self.plan.store.root)}
 
     def _shard_weights(self) -> dict[str, float]:
         return {f"{name}-{i}": d.shard_weight for name, d in self.config.domain.items() for i in range(d.num_shards)}

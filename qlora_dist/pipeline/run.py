@@ -23,6 +23,7 @@ from qlora_dist.artifacts.store import Manifest
 from qlora_dist.config.evaluate import TrackingConfig, TrackingName
 from qlora_dist.errors import Preempted, QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
+from qlora_dist.pipeline.sealed import note_reading
 from qlora_dist.pipeline.stages import STAGES
 from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, rank, sinks, world_size, write_json
 
@@ -56,6 +57,7 @@ def begin(plan: Plan, node: Node) -> Path:
         progress.unlink(missing_ok=True)
         if not STAGES[node.stage].resumes:
             clear(out)
+        note_reading(plan, node)
     os.environ[PROGRESS_VARIABLE] = str(progress)
     return out
 

@@ -67,6 +67,15 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),
         Stage("chosen", told.ChosenConfig, "qlora_dist.pipeline.referee:choose_merge", loads_model=True),
-        Stage("scores", told.ScoresConfig, "qlora_dist.evaluate.scores:score_model", loads_model=True, is_tracked=True),
+        Stage(
+            "scores",
+            told.ScoresConfig,
+            "qlora_dist.evaluate.scores:score_model",
+            version=2,
+            joint="qlora_dist.evaluate.scores:score_models",
+            loads_model=True,
+            resumes=True,
+            is_tracked=True,
+        ),
     )
 }
