@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from qlora_dist.config.data import RenderConfig
-from qlora_dist.config.stages import ScoresConfig
 from qlora_dist.data.encode import Encoder
 from qlora_dist.data.record import Record, read_records
 from qlora_dist.evaluate import measures
 from qlora_dist.evaluate.generate import Generated, Prompter, generate
-from qlora_dist.evaluate.loading import Models
+from qlora_dist.evaluate.loading import Models, Task
 from qlora_dist.evaluate.schema import schema_failure, schema_of_references
 from qlora_dist.evaluate.statistics import estimate_ratio
 from qlora_dist.evaluate.terms import SPLITS_PREFIX, terms_of
@@ -43,30 +42,24 @@ class Answer:
     measures: dict[str, float] = field(default_factory=dict)
 
 
-def answer_questions(
-    models: Models,
-    configs: Mapping[str, ScoresConfig],
-    inputs: Mapping[str, Mapping[str, Path]],
-    outs: Mapping[str, Path],
-) -> None:
+def answer_questions(models: Models, tasks: Sequence[Task]) -> None:
     """Writes each model's answers to the first `evaluate.max_answers` questions of each domain that has any.
 
-    All models answer in the same batches, each row of a batch with its own adapter. They are asked the same: their
-    configs and inputs differ in nothing but the adapter. A model that answered in an earlier life is not asked again.
+    All models answer in the same batches, each row of a batch with its own adapter. They are `asked` the same. A model
+    that answered in an earlier life is not asked again.
     """
-    asked = [label for label in configs if not (outs[label] / ANSWERS_FILE).exists()]
-    if not asked:
+    left = [task for task in tasks if not (task.out / ANSWERS_FILE).exists()]
+    if not left:
         return
-    config, given = configs[asked[0]], inputs[asked[0]]
-    names = [name for name in sorted(given) if name.startswith(SPLITS_PREFIX)] if config.evaluate.max_answers else []
-    answers: dict[str, list[Answer]] = {label: [] for label in asked}
-    for name in names:
-        for label, said in _answer_domain(models, asked, config, given, name.removeprefix(SPLITS_PREFIX)).items():
+    names = [name for name in sorted(left[0].inputs) if name.startswith(SPLITS_PREFIX)]
+    answers: dict[str, list[Answer]] = {task.label: [] for task in left}
+    for name in names if left[0].config.evaluate.max_answers else []:
+        for label, said in _answer_domain(models, left, name.removeprefix(SPLITS_PREFIX)).items():
             answers[label] += said
     if any(answers.values()) and measures.rouge_l("a", "a") is None:
         log.warning("rouge_l is left out: pip install 'qlora_dist[tasks]'")
-    for label in asked:
-        write_answers(answers[label], outs[label])
+    for task in left:
+        write_answers(answers[task.label], task.out)
 
 
 def _questions(path: Path, limit: int) -> list[Record]:
@@ -74,44 +67,46 @@ def _questions(path: Path, limit: int) -> list[Record]:
     return list(islice(asked, limit))
 
 
-def _answer_domain(
-    models: Models, labels: Sequence[str], config: ScoresConfig, inputs: Mapping[str, Path], domain: str
-) -> dict[str, list[Answer]]:
+def _answer_domain(models: Models, tasks: Sequence[Task], domain: str) -> dict[str, list[Answer]]:
+    config, inputs = tasks[0].config, tasks[0].inputs
     told = config.evaluate
     records = _questions(inputs[f"{SPLITS_PREFIX}{domain}"] / f"{told.split}.jsonl", told.max_answers)
     if not records:
         return {}
     prompter = Prompter(Encoder(inputs["tokenizer"], config.render.get(domain, RenderConfig())))
-    prompts = [prompter.prompt_ids(r.messages[:-1]) for r in records]
-    names = [models.adapter_names[label] for label in labels for _ in records]
-    shared = generate(models.network, prompter, prompts * len(labels), told.max_new_tokens, told.batch_tokens, names)
-    terms = terms_of(domain, config, inputs)
-    schema = schema_of_references([r.messages[-1]["content"] for r in records])
-    found: dict[str, list[Answer]] = {}
-    for label in labels:
-        said = list(islice(shared, len(records)))
-        found[label] = [
-            _judged(record, generated, domain, told.split, terms, schema)
-            for record, generated in zip(records, said, strict=True)
-        ]
-    return found
+    prompts = [prompter.prompt_ids(r.messages[:-1]) for r in records] * len(tasks)
+    names = [models.adapter_names[task.label] for task in tasks for _ in records]
+    said = generate(models.network, prompter, prompts, told.max_new_tokens, told.batch_tokens, adapters=names)
+    judge = _Judge(domain, told.split, terms_of(domain, config, inputs), _schema_of(records))
+    return {task.label: [judge(record, next(said)) for record in records] for task in tasks}
 
 
-def _judged(
-    record: Record, generated: Generated, domain: str, split: str, terms: frozenset[str], schema: dict[str, Any] | None
-) -> Answer:
-    answer = Answer(
-        domain=domain,
-        split=split,
-        record=record.id,
-        cluster=record.cluster or record.id,
-        kind=record.kind,
-        prompt=record.messages[-2]["content"],
-        reference=record.messages[-1]["content"],
-        answer=generated.text,
-    )
-    _measure(answer, generated, terms, schema)
-    return answer
+def _schema_of(records: Sequence[Record]) -> dict[str, Any] | None:
+    return schema_of_references([r.messages[-1]["content"] for r in records])
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Measures answers of one domain."""
+
+    domain: str
+    split: str
+    terms: frozenset[str]
+    schema: dict[str, Any] | None
+
+    def __call__(self, record: Record, generated: Generated) -> Answer:
+        answer = Answer(
+            domain=self.domain,
+            split=self.split,
+            record=record.id,
+            cluster=record.cluster or record.id,
+            kind=record.kind,
+            prompt=record.messages[-2]["content"],
+            reference=record.messages[-1]["content"],
+            answer=generated.text,
+        )
+        _measure(answer, generated, self.terms, self.schema)
+        return answer
 
 
 def _measure(answer: Answer, generated: Generated, terms: frozenset[str], schema: dict[str, Any] | None) -> None:

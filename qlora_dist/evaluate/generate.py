@@ -58,6 +58,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_tokens: int,
+    *,
     adapters: Sequence[str] | None = None,
 ) -> Iterator[Generated]:
     """Yields the greedy answer to each prompt, in order; prompts of about one length share a batch.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,30 @@ UNADAPTED = "__base__"
 """What PEFT calls the base itself, where each row of a batch names its adapter."""
 
 
+Inputs = Mapping[str, Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One model to be scored: what it is told, what it reads, where it writes, and the lane of its trackers."""
+
+    label: str
+    config: ScoresConfig
+    inputs: Inputs
+    out: Path
+    lane: str = ""
+
+    @property
+    def asked(self) -> str:
+        """Names what is asked of it and on which base: all but the adapter; a whole fine-tuned model stays alone."""
+        told = {name: value for name, value in everything(self.config).items() if name != "name"}
+        read = sorted(item for item in self.inputs.items() if item[0] != "adapter")
+        return f"{told} {read} {self.label if self.config.full else ''}"
+
+
 @dataclass(slots=True)
 class Models:
-    """Some models that share one base: the loaded network, PEFT's name of each one's adapter, and who can't be loaded."""
+    """Models on one loaded base: the network, PEFT's name of each one's adapter, and the errors of those left out."""
 
     network: Any
     adapter_names: dict[str, str] = field(default_factory=dict)
@@ -42,8 +63,8 @@ class Models:
 
 
 @contextmanager
-def open_models(configs: Mapping[str, ScoresConfig], inputs: Mapping[str, Mapping[str, Path]]) -> Iterator[Models]:
-    """Yields the models that some nodes score, on one loaded base; they are told of the same base in the same form.
+def open_models(tasks: Sequence[Task]) -> Iterator[Models]:
+    """Yields the models of tasks that are `asked` the same, on one loaded base.
 
     A model whose adapter can't be loaded is left out, and stands in `failed`. A fully fine-tuned model takes the
     place of the base, and comes alone.
@@ -53,17 +74,18 @@ def open_models(configs: Mapping[str, ScoresConfig], inputs: Mapping[str, Mappin
     """
     from qlora_dist.model.base import describe_base, load_model, open_base
 
-    label, config = next(iter(configs.items()))
-    if config.full and "adapter" in inputs[label]:
-        assert len(configs) == 1, "two whole models may not fit"
+    first = tasks[0]
+    if first.config.full and "adapter" in first.inputs:
+        assert len(tasks) == 1, "two whole models may not fit"
         _loaded.clear()
-        tuned = inputs[label]["adapter"]
-        network = load_model(describe_base(tuned, str(tuned), ""), config.model, quantized=False)
-        yield Models(network, {label: UNADAPTED})
+        tuned = first.inputs["adapter"]
+        network = load_model(describe_base(tuned, str(tuned), ""), first.config.model, quantized=False)
+        yield Models(network, {first.label: UNADAPTED})
         return
-    base = open_base(inputs[label]["base"])
-    network = _load_once(f"{base.digest} {everything(config.model)}", lambda: load_model(base, config.model))
-    models = _with_adapters(Models(network), base, {label: given.get("adapter") for label, given in inputs.items()})
+    base = open_base(first.inputs["base"])
+    told = first.config.model
+    network = _load_once(f"{base.digest} {everything(told)}", lambda: load_model(base, told))
+    models = _with_adapters(Models(network), base, {task.label: task.inputs.get("adapter") for task in tasks})
     try:
         yield models
     finally:

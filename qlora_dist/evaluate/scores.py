@@ -8,7 +8,8 @@ from. One that can't be loaded or measured takes no other along.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from qlora_dist.evaluate.answers import answer_questions, answer_rows, count_fai
 from qlora_dist.evaluate.calibration import calibration_rows, read_calibration, write_calibration
 from qlora_dist.evaluate.documents import DOCUMENTS_FILE, read_documents, score_rows, write_documents
 from qlora_dist.evaluate.held_out import HeldOut
-from qlora_dist.evaluate.loading import Models, open_models
+from qlora_dist.evaluate.loading import Inputs, Models, Task, open_models
 from qlora_dist.evaluate.terms import TermMarker, terms_of
 from qlora_dist.runtime import Facts, Progress, clear, log, log_metrics, log_table, set_seed, write_json
 
@@ -31,7 +32,6 @@ ROWS_PREFIX = "rows-"
 TOLD_FILE = ".told"
 
 Made = TypeVar("Made")
-Inputs = Mapping[str, Path]
 
 
 def score_model(config: ScoresConfig, inputs: Inputs, out: Path) -> Facts:
@@ -45,7 +45,7 @@ def score_model(config: ScoresConfig, inputs: Inputs, out: Path) -> Facts:
         DataError: if a held-out set holds no target.
         ModelError: if the adapter belongs to another base.
     """
-    (found,) = _score({config.name: config}, {config.name: inputs}, {config.name: out}, is_lane=False).values()
+    (found,) = _score([Task(config.name, config, inputs, out)])
     if isinstance(found, QloraDistError):
         raise found
     return found
@@ -55,50 +55,38 @@ def score_models(
     configs: Mapping[str, ScoresConfig], inputs: Mapping[str, Inputs], outs: Mapping[str, Path]
 ) -> dict[str, Facts | QloraDistError]:
     """Does what `score_model` does for several models at once, on one loaded base; answers by label."""
-    made: dict[str, Facts | QloraDistError] = {}
-    for labels in _alike(configs, inputs):
-        group = ({n: configs[n] for n in labels}, {n: inputs[n] for n in labels}, {n: outs[n] for n in labels})
-        made |= _score(*group, is_lane=True)
-    return made
+    tasks = [Task(label, config, inputs[label], outs[label], lane=label) for label, config in configs.items()]
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.asked, []).append(task)
+    return {task.label: found for alike in groups.values() for task, found in zip(alike, _score(alike), strict=True)}
 
 
-def _alike(configs: Mapping[str, ScoresConfig], inputs: Mapping[str, Inputs]) -> list[list[str]]:
-    """Groups the models that differ in nothing but their adapter; a fully fine-tuned one stays alone."""
-    groups: dict[str, list[str]] = {}
-    for label, config in configs.items():
-        told = {name: value for name, value in everything(config).items() if name != "name"}
-        read = {name: path for name, path in inputs[label].items() if name != "adapter"}
-        alone = label if config.full else ""
-        groups.setdefault(f"{told} {sorted(read.items())} {alone}", []).append(label)
-    return list(groups.values())
-
-
-def _score(
-    configs: Mapping[str, ScoresConfig], inputs: Mapping[str, Inputs], outs: Mapping[str, Path], *, is_lane: bool
-) -> dict[str, Facts | QloraDistError]:
+def _score(tasks: Sequence[Task]) -> list[Facts | QloraDistError]:
+    """Scores models that are asked the same; a result for each, in order."""
     set_seed(0)
-    for label, config in configs.items():
-        _go_on(outs[label], f"{everything(config)} {sorted(inputs[label].items())}")
-    with open_models(configs, inputs) as models:
+    for task in tasks:
+        _go_on(task)
+    with open_models(tasks) as models:
         made: dict[str, Facts | QloraDistError] = dict(models.failed)
-        progress = Progress(total=_count_rows(configs, inputs, models), unit="row")
-        for label in models.adapter_names:
-            ended = _attempt(lambda n=label: _measure_sets(models, n, configs[n], inputs[n], outs[n], progress))
+        here = [task for task in tasks if task.label not in made]
+        progress = Progress(total=sum(held_out.num_rows for task in here for held_out in _sets(task)), unit="row")
+        for task in here:
+            ended = _attempt(partial(_measure_sets, models, task, progress))
             if isinstance(ended, QloraDistError):
-                made[label] = ended
-        left = [label for label in models.adapter_names if label not in made]
-        answer_questions(models, {n: configs[n] for n in left}, {n: inputs[n] for n in left}, outs)
-        for label in left:
-            lane = label if is_lane else ""
-            made[label] = _attempt(lambda n=label, k=lane: _finish(models, n, configs[n], inputs[n], outs[n], k))
-    return {label: made[label] for label in configs}
+                made[task.label] = ended
+        here = [task for task in here if task.label not in made]
+        answer_questions(models, here)
+        made |= {task.label: _attempt(partial(_finish, models, task)) for task in here}
+    return [made[task.label] for task in tasks]
 
 
-def _go_on(out: Path, told: str) -> None:
-    """Keeps what an earlier life left in the folder if it was told the very same, and clears it else."""
-    mark = out / TOLD_FILE
+def _go_on(task: Task) -> None:
+    """Keeps what an earlier life left in the task's folder if it was told the very same, and clears it else."""
+    told = f"{everything(task.config)} {sorted(task.inputs.items())}"
+    mark = task.out / TOLD_FILE
     if not mark.exists() or mark.read_text(encoding="utf-8") != told:
-        clear(out)
+        clear(task.out)
         mark.write_text(told, encoding="utf-8")
 
 
@@ -115,44 +103,36 @@ def _attempt(work: Callable[[], Made]) -> Made | QloraDistError:
         return ModelError(f"{type(error).__name__}: {error}. This is a fault of the program, not yours: see the log.")
 
 
-def _count_rows(configs: Mapping[str, ScoresConfig], inputs: Mapping[str, Inputs], models: Models) -> int:
-    sets = (held_out for label in models.adapter_names for held_out in _sets(configs[label], inputs[label]))
-    return sum(held_out.num_rows for held_out in sets)
-
-
-def _sets(config: ScoresConfig, inputs: Inputs) -> Iterator[HeldOut]:
-    for name in sorted(inputs):
+def _sets(task: Task) -> Iterator[HeldOut]:
+    told = task.config.evaluate
+    for name in sorted(task.inputs):
         if name.startswith(ROWS_PREFIX):
-            rows = Rows.open(inputs[name])
-            yield HeldOut(name.removeprefix(ROWS_PREFIX), config.evaluate.split, rows, config.evaluate.max_rows)
+            rows = Rows.open(task.inputs[name])
+            yield HeldOut(name.removeprefix(ROWS_PREFIX), told.split, rows, told.max_rows)
 
 
-def _measure_sets(
-    models: Models, label: str, config: ScoresConfig, inputs: Inputs, out: Path, progress: Progress
-) -> None:
-    sets = list(_sets(config, inputs))
-    if (out / DOCUMENTS_FILE).exists():
-        log.info("%s was measured by an earlier life", label)
+def _measure_sets(models: Models, task: Task, progress: Progress) -> None:
+    sets = list(_sets(task))
+    if (task.out / DOCUMENTS_FILE).exists():
+        log.info("%s was measured by an earlier life", task.label)
         progress.update(progress.done + sum(held_out.num_rows for held_out in sets))
         return
-    documents = []
-    with models.only(label):
+    documents, with_kl = [], models.is_adapted(task.label)
+    with models.only(task.label):
         for held_out in sets:
-            terms = terms_of(held_out.domain, config, inputs)
-            held_out.terms = TermMarker(inputs["tokenizer"], terms) if terms else None
-            with_kl = models.is_adapted(label)
-            documents += held_out.measure(models.network, config.evaluate.batch_tokens, progress, with_kl=with_kl)
-    write_calibration({held_out.domain: held_out.calibration for held_out in sets}, out)
-    write_documents(documents, out)
+            terms = terms_of(held_out.domain, task.config, task.inputs)
+            held_out.terms = TermMarker(task.inputs["tokenizer"], terms) if terms else None
+            documents += held_out.measure(models.network, task.config.evaluate.batch_tokens, progress, with_kl=with_kl)
+    write_calibration({held_out.domain: held_out.calibration for held_out in sets}, task.out)
+    write_documents(documents, task.out)
 
 
-def _finish(
-    models: Models, label: str, config: ScoresConfig, inputs: Inputs, out: Path, lane: str
-) -> Facts:
+def _finish(models: Models, task: Task) -> Facts:
     """Writes the score table of one model, and says it to the trackers."""
+    config, out, lane = task.config, task.out, task.lane
     documents, answers, calibration = read_documents(out), read_answers(out), read_calibration(out)
     table = score_rows(config.name, documents) + calibration_rows(config.name, config.evaluate.split, calibration)
-    table += answer_rows(config.name, answers) + _run_harness(models, label, config, inputs)
+    table += answer_rows(config.name, answers) + _run_harness(models, task)
     write_json(out / SCORES_FILE, {"rows": table})
     log_table("scores", list(SCORE_COLUMNS), [[row[c] for c in SCORE_COLUMNS] for row in table], lane)
     log_table("answers", list(ANSWER_COLUMNS), [[getattr(a, c) for c in ANSWER_COLUMNS] for a in answers], lane)
@@ -167,12 +147,12 @@ def _finish(
     }
 
 
-def _run_harness(models: Models, label: str, config: ScoresConfig, inputs: Inputs) -> list[dict[str, Any]]:
-    told = config.evaluate
+def _run_harness(models: Models, task: Task) -> list[dict[str, Any]]:
+    told = task.config.evaluate
     if not told.lm_eval_tasks:
         return []
     from qlora_dist.evaluate.harness import run_tasks
 
-    with models.only(label):
-        rows = run_tasks(models.network, inputs["tokenizer"], told.lm_eval_tasks, told.lm_eval_folder)
-    return [{"model": config.name, **row} for row in rows]
+    with models.only(task.label):
+        rows = run_tasks(models.network, task.inputs["tokenizer"], told.lm_eval_tasks, told.lm_eval_folder)
+    return [{"model": task.config.name, **row} for row in rows]

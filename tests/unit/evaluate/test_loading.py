@@ -77,7 +77,9 @@ def jointly(root: Path, base: Path, folders: Mapping[str, Path | None]) -> dict[
     return score_models(configs, inputs, outs)
 
 
-def test_job_of_several_models_loads_the_base_once_and_scores_each_as_if_alone(tmp_path: Path, loads: list[str]) -> None:
+def test_job_of_several_models_loads_the_base_once_and_scores_each_as_if_alone(
+    tmp_path: Path, loads: list[str]
+) -> None:
     base = save_base(tmp_path)
     random_rows(tmp_path / "legal")
     random_rows(tmp_path / "general", seed=5)
@@ -126,9 +128,7 @@ def test_model_that_fails_takes_no_other_of_its_job_along(tmp_path: Path, loads:
     assert len(loads) == 1
 
 
-def test_second_life_measures_only_what_the_first_one_had_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_life_measures_only_what_the_first_one_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tmp_path)
     random_rows(tmp_path / "legal")
     random_rows(tmp_path / "general", seed=5)

@@ -18,7 +18,7 @@ from qlora_dist.data.record import Record
 from qlora_dist.data.rows import Rows, write_rows
 from qlora_dist.evaluate.answers import read_answers
 from qlora_dist.evaluate.gate import assess
-from qlora_dist.evaluate.scores import score_model
+from qlora_dist.evaluate.scores import score_model, score_models
 from qlora_dist.model.base import open_base, prepare_base
 from qlora_dist.testing import save_tiny_model
 
@@ -118,24 +118,38 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "shuffled": ([rows["shuffled"], rows["general"]], 400, 3e-3),
         "hard": ([rows["facts"]], 150, 2e-2),
     }
-    found = {"base": score(root, "base", inputs)}
+    adapters = {}
     for name, (sets, steps, rate) in recipes.items():
-        adapter = save_trained_lora(
+        adapters[name] = save_trained_lora(
             open_base(base),
             root / f"adapter-{name}",
             lambda m, s=sets, n=steps, r=rate: train(m, s, n, r),
             lora_rank=16,
         )
-        found[name] = score(root, name, {**inputs, "adapter": adapter})
-    return found
+    return score(root, {"base": inputs, **{name: {**inputs, "adapter": path} for name, path in adapters.items()}})
 
 
-def score(root: Path, name: str, inputs: dict[str, Path]) -> Path:
-    out = root / f"scores-{name}"
-    out.mkdir()
+def score(root: Path, inputs: dict[str, dict[str, Path]]) -> dict[str, Path]:
+    """Scores all models in one job: they answer in shared batches, each row with its own adapter."""
     told = EvaluateConfig(max_answers=12, max_new_tokens=24)
-    score_model(ScoresConfig(model=model_config(root), evaluate=told, name=name), inputs, out)
-    return out
+    configs = {name: ScoresConfig(model=model_config(root), evaluate=told, name=name) for name in inputs}
+    outs = {name: root / f"scores-{name}" for name in inputs}
+    for out in outs.values():
+        out.mkdir()
+    made = score_models(configs, inputs, outs)
+    assert not [found for found in made.values() if isinstance(found, Exception)]
+    return outs
+
+
+def test_model_answers_alone_as_it_does_among_others(scored: dict[str, Path], tmp_path: Path) -> None:
+    root = scored["base"].parent
+    inputs = {"base": root / "base", "tokenizer": root / "model", "adapter": root / "adapter-good"}
+    inputs |= {f"{kind}-facts": root / folder for kind, folder in (("splits", "facts"), ("rows", "test-facts"))}
+    told = EvaluateConfig(max_answers=12, max_new_tokens=24)
+    score_model(ScoresConfig(model=model_config(root), evaluate=told, name="good"), inputs, tmp_path)
+    alone, among = ([a.answer for a in read_answers(folder)] for folder in (tmp_path, scored["good"]))
+    assert alone == among
+    assert alone != [a.answer for a in read_answers(scored["shuffled"])]
 
 
 def value(folder: Path, metric: str, domain: str = "facts") -> float:
