@@ -64,13 +64,26 @@ def _bar(model: str, domains: list[str], rows: list[Mapping[str, Any]]) -> dict[
     }
 
 
-def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x: str, y: str) -> Figure:
-    """Returns one line for each named curve of (x values, y values)."""
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    x: str,
+    y: str,
+    *,
+    steps: bool = False,
+    log_x: bool = False,
+) -> Figure:
+    """Returns one line for each named curve of (x values, y values); `steps` draws a histogram's outline."""
+    shape = {"line": {"shape": "hv"}} if steps else {}
     data = [
         {"type": "scatter", "mode": "lines" if len(xs) > 1 else "markers", "name": name, "x": list(xs), "y": list(ys)}
+        | shape
         for name, (xs, ys) in curves.items()
     ]
-    return figure(data, title, x, y, hovermode="x unified")
+    made = figure(data, title, x, y, hovermode="x unified")
+    if log_x:
+        made["layout"]["xaxis"] |= {"type": "log", "dtick": "D2"}
+    return made
 
 
 def heat_map(
@@ -146,3 +159,47 @@ def trial_map(trials: Sequence[Mapping[str, Any]], metric: str, title: str, *, x
     values = [[cells.get((column, row)) for column in columns] for row in rows]
     names = [[f"{v:g}" for v in axis] for axis in (columns, rows)]
     return heat_map(values, names[0], names[1], title, x=x.replace("_", " "), y=y.replace("_", " "), least_is_best=True)
+
+
+def graph(made_from: Mapping[str, Sequence[str]], good: Mapping[str, bool], title: str) -> Figure:
+    """Returns a graph of things that were made from others: a line of the page each, further right the later it is.
+
+    Names never cover each other, whatever the number of things and the width of the screen.
+
+    Args:
+        made_from: the names of each thing's parents, by its own; parents that have no entry are left out.
+        good: whether it was made.
+        title: what is drawn.
+    """
+    depth: dict[str, int] = {}
+    for name, parents in made_from.items():  # parents stand before their children
+        depth[name] = 1 + max((depth[parent] for parent in parents if parent in depth), default=-1)
+    place = {name: i for i, name in enumerate(sorted(depth, key=lambda name: depth[name]))}
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    for name, parents in made_from.items():
+        for parent in dict.fromkeys(parent for parent in parents if parent in place and parent != name):
+            xs += [depth[parent], depth[name], None]
+            ys += [place[parent], place[name], None]
+    edges = {"type": "scatter", "mode": "lines", "x": xs, "y": ys, "line": {"width": 1, "color": COLORS[6]}}
+    names = list(place)
+    color = [COLORS[0] if good.get(name) else COLORS[5] for name in names]
+    symbol = ["circle" if good.get(name) else "x" for name in names]
+    points = {
+        "type": "scatter",
+        "mode": "markers+text",
+        "x": [depth[name] for name in names],
+        "y": [place[name] for name in names],
+        "text": names,
+        "textposition": "middle right",
+        "marker": {"size": 9, "color": color, "symbol": symbol},
+        "hovertext": [f"{name}<br>from {', '.join(made_from[name]) or 'the sources'}" for name in names],
+        "hoverinfo": "text",
+    }
+    deepest = max(depth.values(), default=0)
+    bare = {"visible": False, "showgrid": False, "zeroline": False}
+    made = figure([edges | {"hoverinfo": "skip", "opacity": 0.5}, points], title, "", "", height=70 + 24 * len(names))
+    made["layout"] |= {"showlegend": False, "margin": {"l": 8, "r": 8, "t": 8, "b": 8}}
+    made["layout"]["xaxis"] |= bare | {"range": [-0.3, deepest * 1.5 + 1.5]}
+    made["layout"]["yaxis"] |= bare | {"range": [len(names) - 0.3, -0.7]}
+    return made

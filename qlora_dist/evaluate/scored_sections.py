@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from qlora_dist.evaluate import figures
+from qlora_dist.evaluate.compare import BASE
 from qlora_dist.evaluate.examples import mark
 from qlora_dist.evaluate.page import Section, Table
-from qlora_dist.evaluate.summary import Row, RunView, mapping, text
+from qlora_dist.evaluate.summary import Row, RunView, mapping, number, text
 
 FIRST_METRICS = ("bits_per_byte", "completion_loss", "exact_match", "schema_valid")
 """Those that have a chart of their own."""
@@ -21,6 +23,7 @@ METRIC_NAMES = {
     "term_loss": "loss of a domain's term, nats (lower is better)",
     "next_token_accuracy": "share of targets that were the likeliest token (higher is better)",
     "calibration_error": "expected calibration error (lower is better)",
+    "accuracy": "accuracy (higher is better)",
     "exact_match": "exact match (higher is better)",
     "token_f1": "F1 over words (higher is better)",
     "rouge_l": "ROUGE-L (higher is better)",
@@ -44,6 +47,59 @@ def scores(run: RunView) -> Section | None:
         section.figures.append((f"scores-{metric}", figures.score_bars(chosen, metric, metric_name(metric))))
         section.tables.append(_score_table(metric, chosen))
     return section if section.tables else None
+
+
+def at_a_glance(run: RunView) -> Table:
+    """Returns what a person asks first: the shipped model against the base, in the measures that are compared first."""
+    model = text(run.verdict.get("model")) or "merged"
+    value = {(r["model"], r["domain"], r["metric"]): r["value"] for r in run.scores}
+    columns = ["measure", "domain", "base", model, "difference", "low", "high"]
+    rows = [
+        [metric_name(metric), r["domain"], value.get((BASE, r["domain"], metric)),
+         value.get((model, r["domain"], metric)), r["difference"], r.get("low"), r.get("high")]
+        for metric in FIRST_METRICS for r in run.comparisons if r["metric"] == metric and r["model"] == model
+    ]  # fmt: skip
+    return Table(f"At a glance: {model} against the base", columns, rows)
+
+
+def forms(run: RunView) -> Section | None:
+    """Counts the answers of a wrong form by the kind of failure, for domains whose references are JSON."""
+    found = {n.label: mapping(n.facts.get("wrong_form")) for n in run.nodes_of("scores")}
+    rows = [
+        [model, domain, kind, num] for model, by in found.items() for domain, kinds in by.items()
+        for kind, num in mapping(kinds).items()
+    ]  # fmt: skip
+    answers = {n.label: n.facts.get("num_answers") for n in run.nodes_of("scores")}
+    table = Table("Answers of a wrong form", ["model", "domain", "kind of failure", "answers"], rows)
+    words = ", ".join(f"{model} {num}" for model, num in answers.items() if num)
+    return Section("Form", f"Answers given: {words}.", [table]) if rows else None
+
+
+def calibration(run: RunView) -> Section | None:
+    """Shows how often a model is right about its likeliest token, by how sure it was."""
+    section = Section("Calibration", "A model that knows how sure it is lies on the diagonal.", folded=True)
+    found = {n.label: mapping(n.facts.get("calibration")) for n in run.nodes_of("scores")}
+    for domain in dict.fromkeys(d for by in found.values() for d in by):
+        curves = {}
+        for model, by in found.items():
+            bins = mapping(by.get(domain))
+            points = list(zip(*(_numbers(bins.get(k)) for k in ("confidence", "accuracy", "count")), strict=False))
+            if points:
+                curves[model] = points
+        if not curves:
+            continue
+        lines = {model: ([p[0] for p in points], [p[1] for p in points]) for model, points in curves.items()}
+        title = f"{domain}: share of right tokens by confidence"
+        drawn = figures.lines({"sure and right": ([0, 1], [0, 1]), **lines}, title, "confidence", "share right")
+        section.figures.append((f"calibration-{domain}", drawn))
+        rows = [[model, *point] for model, points in curves.items() for point in points]
+        section.tables.append(Table(title, ["model", "confidence", "share right", "tokens"], rows))
+    return section if section.tables else None
+
+
+def _numbers(values: Any) -> list[float]:
+    found = [number(value) for value in values] if isinstance(values, list) else []
+    return [value for value in found if value is not None]
 
 
 def further(run: RunView) -> Section | None:

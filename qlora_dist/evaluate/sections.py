@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qlora_dist.evaluate import scored_sections, sweep_sections, trained_sections
+from qlora_dist.evaluate import data_sections, lineage_sections, scored_sections, sweep_sections, trained_sections
 from qlora_dist.evaluate.page import Section, Table, is_scalar, union_table
 from qlora_dist.evaluate.summary import RunView, mappings, number
 
 TRAINED_STAGES = ("tiny", "adapter")
-DATA_STAGES = ("records", "splits", "shards", "tokenizer", "rows")
+TOLD_STAGES = ("records", "tokenizer", "tiny", "base", "adapter", "merged", "chosen")
 
 
 def report_sections(run: RunView) -> list[Section]:
@@ -20,13 +20,16 @@ def report_sections(run: RunView) -> list[Section]:
         scored_sections.scores(run),
         scored_sections.matrix(run),
         scored_sections.examples(run),
+        scored_sections.forms(run),
+        scored_sections.calibration(run),
         scored_sections.further(run),
         sweep_sections.sweep(run),
         trained_sections.curves(run),
         trained_sections.merge(run),
         trained_sections.certificate(run),
-        data(run),
+        data_sections.data(run),
         cost(run),
+        lineage_sections.lineage(run),
         work(run),
         settings(run),
     )
@@ -39,13 +42,14 @@ def outcome(run: RunView) -> Section:
     reasons = mappings(run.verdict.get("reasons"))
     columns = ["check", "passed", "wanted", "found"]
     tables = [
-        Table("Verdict", columns, [[r.get(c) for c in columns] for r in reasons]),
         Table("What failed", ["node", "why", "log"], failed),
+        Table("Verdict", columns, [[r.get(c) for c in columns] for r in reasons]),
+        scored_sections.at_a_glance(run),
         Table("Notes", ["note"], [[note] for note in run.notes]),
     ]
     ended = "Every node finished." if run.state == "done" else f"{len(failed)} of {len(run.nodes)} nodes failed."
     shipped = f"The adapter is in {run.adapter}." if run.adapter else "No adapter was shipped."
-    text = " ".join(part for part in (_verdict(run), ended, shipped) if part)
+    text = " ".join(part for part in (_verdict(run), ended, shipped, _sealed(run)) if part)
     return Section("Outcome", text, [t for t in tables if t.rows], code=run.use)
 
 
@@ -56,31 +60,41 @@ def _verdict(run: RunView) -> str:
     return "Verdict: ship." if run.verdict.get("ship") else f"Verdict: do not ship ({'; '.join(failed)})."
 
 
+def _sealed(run: RunView) -> str:
+    """Says whether the sealed test was read for this choice alone, or whether others came before."""
+    if not run.sealed:
+        return ""
+    before = max(len(mappings(row.get("before"))) for row in run.sealed)
+    if not before:
+        return "The sealed test was read once, for this choice alone."
+    return f"The sealed test had been read for other choices ({before}) before this one: see the notes."
+
+
 def cost(run: RunView) -> Section | None:
-    """Shows what the run took: seconds, trained tokens and peak memory by stage."""
-    rows = []
+    """Shows what the run took: seconds, GPU hours, trained tokens and peak memory by stage."""
+    rows: list[list[Any]] = []
     for stage in dict.fromkeys(n.stage for n in run.nodes):
         nodes = [n for n in run.nodes if n.stage == stage]
         tokens = [t for n in nodes if (t := number(n.facts.get("tokens"))) is not None and stage in TRAINED_STAGES]
         peaks = [p for n in nodes if (p := number(n.facts.get("peak_memory_bytes"))) is not None]
         seconds = sum(n.seconds or 0 for n in nodes)
-        rows.append([stage, len(nodes), seconds, int(sum(tokens)) or None, max(peaks) / 2**30 if peaks else None])
-    columns = ["stage", "nodes", "seconds", "trained tokens", "peak memory, GiB"]
-    return Section("Cost", tables=[Table("", columns, rows)], folded=True) if rows else None
-
-
-def data(run: RunView) -> Section | None:
-    """Shows what the data stages counted: records, rejects, splits, rows, fill."""
-    tables = [t for stage in DATA_STAGES for t in _facts_table(run, stage)]
-    return Section("Data", tables=tables) if tables else None
+        gpu_hours = sum((n.seconds or 0) * n.num_gpus for n in nodes) / 3600
+        rows.append(
+            [stage, len(nodes), seconds, gpu_hours, int(sum(tokens)) or None, max(peaks) / 2**30 if peaks else None]
+        )
+    if not rows:
+        return None
+    whole = [sum(row[i] or 0 for row in rows) for i in range(1, 5)]
+    rows.append(["all", *whole[:3], whole[3] or None, max((row[5] for row in rows if row[5]), default=None)])
+    columns = ["stage", "nodes", "seconds", "GPU hours", "trained tokens", "peak memory, GiB"]
+    text = "Seconds of work, whoever's run did it: what is cached cost nothing this time."
+    return Section("Cost", text, [Table("", columns, rows)])
 
 
 def work(run: RunView) -> Section | None:
-    """Shows every node with its key, state and time, and what the trainings reported of themselves."""
-    nodes = [[n.stage, n.label, n.key, n.state, n.seconds] for n in run.nodes]
-    tables = [Table("Nodes", ["stage", "label", "key", "state", "seconds"], nodes)] if nodes else []
-    tables += [t for stage in ("tiny", "base", "adapter") for t in _facts_table(run, stage)]
-    return Section("What was run", tables=tables, folded=True) if tables else None
+    """Shows what each stage reported of itself."""
+    tables = [t for stage in TOLD_STAGES for t in _facts_table(run, stage)]
+    return Section("What the stages said", tables=tables, folded=True) if tables else None
 
 
 def settings(run: RunView) -> Section | None:

@@ -22,6 +22,8 @@ class NodeView:
     key: str = ""
     state: str = ""
     seconds: float | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    num_gpus: float = 0
     error: str = ""
     log: str = ""
     facts: Row = field(default_factory=dict)
@@ -44,6 +46,8 @@ class RunView:
     verdict: Row = field(default_factory=dict)
     examples: tuple[Row, ...] = ()
     sweep: Row = field(default_factory=dict)
+    sealed: tuple[Row, ...] = ()
+    lengths: dict[str, Row] = field(default_factory=dict)
     curves: dict[str, list[Row]] = field(default_factory=dict)
     circumstances: Row = field(default_factory=dict)
 
@@ -70,6 +74,8 @@ def view(summary: Mapping[str, Any]) -> RunView:
         verdict=mapping(summary.get("verdict")),
         examples=tuple(mappings(summary.get("examples"))),
         sweep=mapping(summary.get("sweep")),
+        sealed=tuple(mappings(summary.get("sealed"))),
+        lengths={label: mapping(row) for label, row in mapping(summary.get("lengths")).items()},
         curves={label: rows for label, rows in curves.items() if rows},
         circumstances={k: summary[k] for k in about if summary.get(k)},
     )
@@ -83,7 +89,13 @@ def number(value: Any) -> float | None:
 
 def _node(node: Mapping[str, Any]) -> NodeView:
     texts = {k: text(node.get(k)) for k in ("stage", "label", "key", "state", "error", "log")}
-    return NodeView(**texts, seconds=number(node.get("seconds")), facts=mapping(node.get("facts")))
+    return NodeView(
+        **texts,
+        seconds=number(node.get("seconds")),
+        inputs={name: text(i) for name, i in mapping(node.get("inputs")).items()},
+        num_gpus=number(node.get("gpus")) or 0,
+        facts=mapping(node.get("facts")),
+    )
 
 
 def _rows(value: Any, measured: str, *named: str) -> Iterator[Row]:

@@ -49,6 +49,7 @@ def close_run(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
         "scores": _scores(plan, endings),
         **_assessment(plan, endings),
         "curves": _curves(plan, endings),
+        "lengths": _lengths(plan, endings),
         "adapter": str(shipped) if shipped else None,
         "use": use_command(plan, shipped) if shipped else "",
         "sealed": sealed,
@@ -97,6 +98,7 @@ def _describe(plan: Plan, node: Node, ending: Ending) -> dict[str, Any]:
     if ending.state in {"done", "cached"}:
         manifest = plan.store.manifest(node.id)
         described |= {"seconds": manifest.seconds, "facts": manifest.facts, "folder": str(plan.store.folder(node.id))}
+        described["gpus"] = min(node.world_size, manifest.made.get("gpus", 0))
     if ending.error:
         described["error"] = ending.error
     return described
@@ -134,6 +136,12 @@ def _curves(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, list[dict[st
                 lines = path.read_text(encoding="utf-8").splitlines()
                 curves[node.label] = [json.loads(line) for line in lines]
     return curves
+
+
+def _lengths(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
+    from qlora_dist.evaluate.lengths import token_lengths
+
+    return {node.label: token_lengths(plan.store.folder(node.id)) for node in _finished(plan, endings, "rows")}
 
 
 def _ship(plan: Plan, endings: Mapping[str, Ending]) -> Path | None:

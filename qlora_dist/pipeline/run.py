@@ -155,12 +155,19 @@ def circumstances() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": socket.gethostname(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total >> 30} GiB",
+        "gpus": _num_gpus(),
         "python": platform.python_version(),
         "versions": {name: version for name, version in versions.items() if version},
         "commit": _commit(),
         "processes": world_size(),
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
     }
+
+
+def _num_gpus() -> int:
+    """Returns how many GPUs this process could use: 0 where nothing imported torch."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else 0
 
 
 def _version(package: str) -> str:

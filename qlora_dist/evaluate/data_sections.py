@@ -1,0 +1,84 @@
+"""The report's section on the data: what was kept and what not, how it was dealt out, how long it is, how it packs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_dist.evaluate import figures
+from qlora_dist.evaluate.page import Section, Table, union_table
+from qlora_dist.evaluate.summary import Row, RunView, mapping, number
+
+PARTS = ("train", "validation", "test")
+LENGTHS = ("records", "least", "median", "p90", "p99", "most")
+TEXT = (
+    "Records are counted after copies were dropped and held-out text was searched for; lengths are tokens of a record."
+)
+
+
+def data(run: RunView) -> Section | None:
+    """Shows records, rejects, shards, token lengths and how full the packed rows are."""
+    section = Section("Data", TEXT)
+    section.tables += [t for t in (_records(run), _rejects(run), _shards(run)) if t is not None]
+    _add_lengths(section, run)
+    section.tables += union_table("Packed rows", "rows", list(_rows(run)))
+    return section if section.tables else None
+
+
+def _records(run: RunView) -> Table | None:
+    columns = ["domain", "read", "train", "validation", "test", "left out", "dropped", "broken", "kinds"]
+    rows = []
+    for node in run.nodes_of("splits"):
+        facts, split = node.facts, mapping(node.facts.get("splits"))
+        counts = [number(mapping(split.get(part)).get("records")) for part in PARTS]
+        left_out = sum(v for v in mapping(facts.get("left_out")).values() if number(v) is not None)
+        rows.append([node.label, facts.get("kept"), *counts, left_out, facts.get("dropped"), facts.get("broken"),
+                     facts.get("kinds")])  # fmt: skip
+    return Table("Records", columns, rows) if rows else None
+
+
+def _rejects(run: RunView) -> Table | None:
+    """Counts what isn't trained on, by reason: while reading, while splitting, while packing."""
+    rows: list[list[Any]] = []
+    for node in run.nodes_of("splits"):
+        rows += [[node.label, "read", reason, num] for reason, num in mapping(node.facts.get("reasons")).items()]
+    for node in run.nodes_of("splits", "rows"):
+        left_out = mapping(node.facts.get("left_out"))
+        rows += [[node.label, "split" if node.stage == "splits" else "packed", *pair] for pair in left_out.items()]
+    rows.sort(key=lambda row: str(row[0]))
+    return Table("Not trained on, by reason", ["domain", "when", "reason", "records"], rows) if rows else None
+
+
+def _shards(run: RunView) -> Table | None:
+    rows = []
+    for node in run.nodes_of("shards"):
+        records, tokens = (_list(node.facts.get(key)) for key in ("records", "tokens"))
+        rows += [[f"{node.label}-{i}", *pair] for i, pair in enumerate(zip(records, tokens, strict=False))]
+    return Table("Shards", ["shard", "records", "tokens"], rows) if rows else None
+
+
+def _add_lengths(section: Section, run: RunView) -> None:
+    found = {label: row for label, row in run.lengths.items() if number(row.get("records"))}
+    curves = {}
+    for label, row in found.items():
+        histogram = mapping(row.get("histogram"))
+        edges, counts = _list(histogram.get("edges")), _list(histogram.get("counts"))
+        if len(edges) == len(counts) + 1 and sum(counts):
+            shares = [100 * count / sum(counts) for count in counts]
+            curves[label] = (edges, [*shares, shares[-1]])
+    if curves:
+        drawn = figures.lines(curves, "Tokens of a record", "tokens", "% of the records", steps=True, log_x=True)
+        section.figures.append(("lengths", drawn))
+    if found:
+        table = [[label, *(row.get(key) for key in LENGTHS)] for label, row in found.items()]
+        section.tables.append(Table("Tokens of a record", ["rows", *LENGTHS], table))
+
+
+def _rows(run: RunView) -> Iterator[tuple[str, Row]]:
+    for node in run.nodes_of("rows"):
+        wanted = ("records", "segments", "tokens", "trained_tokens", "trained_share", "rows", "fill")
+        yield node.label, {key: node.facts[key] for key in wanted if key in node.facts}
+
+
+def _list(value: Any) -> list[Any]:
+    return [v for v in value if number(v) is not None] if isinstance(value, list) else []
