@@ -27,6 +27,9 @@ Facts = dict[str, Any]
 PROGRESS_VARIABLE = "QLORA_DIST_PROGRESS"
 """Names the file in which a node leaves its latest progress for the launcher."""
 
+ELASTIC_VARIABLE = "QLORA_DIST_ELASTIC"
+"""Says that this job was meant to have another number of processes than its plan says."""
+
 log = logging.getLogger("qlora_dist")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qlora_dist.errors import Preempted
+from qlora_dist.runtime import write_json
 
 
 class State(Enum):
@@ -54,9 +56,26 @@ class Job:
     words: list[Path] = field(default_factory=list)
     """Where each of its nodes leaves word of a failure."""
     environment: dict[str, str] = field(default_factory=dict)
+    worker: list[str] = field(default_factory=list)
+    """What follows `python` in each of its processes, without torchrun."""
+    processes: int = 1
+    sizes: list[int] = field(default_factory=lambda: [1])
+    """The numbers of processes at which it can run: those by which its step divides."""
     cores: int = 1
     gpus: int = 0
     memory_bytes: int = 0
+
+    @property
+    def stage(self) -> str:
+        """The stage of its nodes; a job's nodes are of one."""
+        return re.split(r"[/+]", self.name)[0]
+
+    def leave_word(self, message: str, code: int) -> None:
+        """Leaves word of why it failed, for those of its nodes that left none."""
+        for word in self.words:
+            if not word.exists():
+                word.parent.mkdir(parents=True, exist_ok=True)
+                write_json(word, {"node": self.name, "message": message, "exit_code": code, "rank": 0})
 
     def can_start(self, before: Iterable[State]) -> bool | None:
         """Says whether it may start after jobs in these states: yes, never (False), or not yet (None)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from qlora_dist.config.run import RunConfig
 from qlora_dist.errors import ArtifactError, LaunchError
 from qlora_dist.launch.base import Launcher, Machine, State
 from qlora_dist.launch.jobs import make_jobs, node_states
-from qlora_dist.launch.local import LocalLauncher, this_machine
+from qlora_dist.launch.open import opened
 from qlora_dist.launch.screen import Screen, clock, plan_table
 from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed
 from qlora_dist.pipeline.nodes import make_plan, unread_keys
@@ -53,23 +52,17 @@ def run(config: RunConfig, command: str, console: Console) -> int:
         return _show_results(plan, _read_summary(plan), console)
     try:
         _writable(plan.folder)
-        with claimed(plan, f"launch {plan.experiment}"):
+        with opened(config.launcher) as (launcher, machine), claimed(plan, f"launch {plan.experiment}"):
             publish(plan, [plan.write()])
             _say_drift(moved, console)
             _say_notes(plan, console)
-            return _drive(plan, _launcher(config), cached, console)
+            return _drive(plan, launcher, machine, cached, console)
     except OwnedError as error:
         repair = "Wait for it or end it, or give this run a name of its own: name=<other>."
         raise LaunchError(f"{plan.folder} is being run by {describe(error.owner)}. {repair}") from error
 
 
-def _launcher(config: RunConfig) -> Callable[[Machine], Launcher]:
-    return lambda machine: LocalLauncher(machine, config.launcher.max_parallel)
-
-
-def _drive(plan: Plan, launcher_on: Callable[[Machine], Launcher], cached: dict[str, bool], console: Console) -> int:
-    machine = this_machine()
-    launcher = launcher_on(machine)
+def _drive(plan: Plan, launcher: Launcher, machine: Machine, cached: dict[str, bool], console: Console) -> int:
     states = {name: State.cached for name, is_cached in cached.items() if is_cached}
     to_run = [node for node in plan.nodes if not cached[node.name]]
     console.print(f"{len(to_run)} of {len(plan.nodes)} nodes to run; logs in {plan.folder / 'logs'}")

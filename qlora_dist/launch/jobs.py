@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from graphlib import TopologicalSorter
 
+from qlora_dist.config.stages import AdapterConfig
+from qlora_dist.config.train import StrategyName
 from qlora_dist.launch.base import Job, Machine, State
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
@@ -42,12 +44,14 @@ def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, m
     first, stage = nodes[0], STAGES[nodes[0].stage]
     ranks = first.world_size
     worker = ["-m", "qlora_dist.pipeline", plan.address, *(node.id for node in nodes)]
-    if ranks > 1:
-        worker = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker]
+    argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     before = (plan.node(artifact_id).job for node in nodes for artifact_id in node.inputs.values())
     return Job(
         name=first.job,
-        argv=[sys.executable, *worker],
+        argv=[sys.executable, *argv, *worker],
+        worker=worker,
+        processes=ranks,
+        sizes=list(_sizes(first)),
         log=plan.log_path(first),
         nodes=[node.name for node in nodes],
         after=[name for name in dict.fromkeys(before) if name != first.job],
@@ -58,6 +62,17 @@ def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, m
         gpus=min(ranks, machine.gpus) if stage.loads_model else 0,
         memory_bytes=(HEAVY_BYTES + 2 * model_bytes) * ranks if stage.loads_model else LIGHT_BYTES,
     )
+
+
+def _sizes(node: Node) -> Iterator[int]:
+    """Yields the numbers of processes by which a training's step divides; other work has the planned one."""
+    told = node.told()
+    if not isinstance(told, AdapterConfig) or told.strategy.name is StrategyName.single:
+        yield node.world_size
+        return
+    most = told.train.tokens_per_step // told.train.micro_batch_tokens
+    group = told.strategy.ranks_per_group or 1
+    yield from (size for size in range(1, most + 1) if most % size == 0 and size % group == 0)
 
 
 def _any_ready(plan: Plan, nodes: Sequence[Node]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from qlora_dist.artifacts.store import Store
 from qlora_dist.config.fields import everything, identity
 from qlora_dist.errors import ArtifactError
 from qlora_dist.pipeline.stages import STAGES
-from qlora_dist.runtime import write_json
+from qlora_dist.runtime import ELASTIC_VARIABLE, world_size, write_json
 
 PLAN = "plan.json"
 
@@ -58,7 +59,10 @@ class Node:
     def told(self) -> Any:
         """Rebuilds the stage's config dataclass from the plan's plain values."""
         schema = OmegaConf.structured(STAGES[self.stage].config)
-        return OmegaConf.to_object(OmegaConf.merge(schema, self.config))
+        told: Any = OmegaConf.to_object(OmegaConf.merge(schema, self.config))
+        if os.environ.get(ELASTIC_VARIABLE) and hasattr(told, "strategy"):
+            told.strategy.world_size = world_size()
+        return told
 
 
 @dataclass(kw_only=True, slots=True)

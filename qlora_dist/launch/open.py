@@ -1,0 +1,29 @@
+"""From a launcher's config to the launcher, connected to what runs its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qlora_dist.config.launch import LauncherConfig, LauncherName
+from qlora_dist.launch.base import Launcher, Machine
+
+
+@contextmanager
+def opened(config: LauncherConfig) -> Iterator[tuple[Launcher, Machine]]:
+    """Opens the launcher that the config names, with what the machines have on which its jobs will run.
+
+    Raises:
+        LaunchError: if what it needs isn't there; nothing was submitted then.
+    """
+    if config.name is LauncherName.ray:
+        from qlora_dist.launch.ray import RayLauncher
+        from qlora_dist.launch.ray_runtime import connected
+
+        with connected(config.ray) as runtime:
+            yield RayLauncher(config.ray, runtime, config.max_parallel), runtime.machine()
+        return
+    from qlora_dist.launch.local import LocalLauncher, this_machine
+
+    machine = this_machine()
+    yield LocalLauncher(machine, config.max_parallel), machine
