@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from graphlib import TopologicalSorter
 
-from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import StrategyName
 from qlora_dist.launch.base import Job, Machine, State
 from qlora_dist.pipeline.plan import Node, Plan
@@ -66,12 +65,11 @@ def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, m
 
 def _sizes(node: Node) -> Iterator[int]:
     """Yields the numbers of processes by which a training's step divides; other work has the planned one."""
-    told = node.told()
-    if not isinstance(told, AdapterConfig) or told.strategy.name is StrategyName.single:
+    train, strategy = node.config.get("train"), node.config.get("strategy")
+    if not train or not strategy or strategy["name"] == StrategyName.single.name:
         yield node.world_size
         return
-    most = told.train.tokens_per_step // told.train.micro_batch_tokens
-    group = told.strategy.ranks_per_group or 1
+    most, group = train["tokens_per_step"] // train["micro_batch_tokens"], strategy["ranks_per_group"] or 1
     yield from (size for size in range(1, most + 1) if most % size == 0 and size % group == 0)
 
 

@@ -1,4 +1,4 @@
-"""Artifacts at a URL, in fsspec's memory: staged here, locked there, finished by a manifest written last."""
+"""Artifacts at a URL, in memory and on a local S3: staged here, locked there, finished by a manifest written last."""
 
 import dataclasses
 import json
@@ -18,8 +18,11 @@ from qlora_dist.errors import ArtifactError, ConfigError
 ID = "rows/legal-0-abc"
 
 
-@pytest.fixture
-def url() -> str:
+@pytest.fixture(params=["memory", "s3"])
+def url(request) -> str:
+    if request.param == "s3":
+        request.getfixturevalue("s3_server")
+        return f"s3://bucket/{uuid.uuid4().hex}/artifacts"
     return f"memory://{uuid.uuid4().hex}/artifacts"
 
 
@@ -190,3 +193,11 @@ def test_a_root_is_a_url_or_a_folder(tmp_path: Path):
 def test_a_url_that_nobody_can_open_is_an_error_that_names_the_repair(root: str, said: str):
     with pytest.raises(ConfigError, match=said):
         require_writable(root)
+
+
+def test_of_two_that_create_the_same_file_at_once_the_store_tells_one_that_it_did(url: str, monkeypatch):
+    objects = Objects(url)
+    monkeypatch.setattr(Objects, "exists", lambda *_: False)  # both looked before either wrote
+    assert objects.create("x/lock", b"first")
+    assert not objects.create("x/lock", b"second")
+    assert objects.read("x/lock") == b"first"
