@@ -66,12 +66,11 @@ def _add_lengths(section: Section, run: RunView) -> None:
         if len(edges) == len(counts) + 1 and sum(counts):
             shares = [100 * count / sum(counts) for count in counts]
             curves[label] = (edges, [*shares, shares[-1]])
+    rows = [[label, *(row.get(key) for key in LENGTHS)] for label, row in found.items()]
     if curves:
-        drawn = figures.lines(curves, "Tokens of a record", "tokens", "% of the records", steps=True, log_x=True)
-        section.figures.append(("lengths", drawn))
-    if found:
-        table = [[label, *(row.get(key) for key in LENGTHS)] for label, row in found.items()]
-        section.tables.append(Table("Tokens of a record", ["rows", *LENGTHS], table))
+        title = "Tokens of a record"
+        drawn = figures.lines(curves, title, "tokens", "% of the records", steps=True, log_x=True)
+        section.draw("lengths", drawn, Table(title, ["rows", *LENGTHS], rows))
 
 
 def _rows(run: RunView) -> Iterator[tuple[str, Row]]:

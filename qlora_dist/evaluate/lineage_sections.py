@@ -24,9 +24,11 @@ def lineage(run: RunView) -> Section | None:
     made_from = {f"{n.stage}/{n.label}": [names.get(i, i) for i in n.inputs.values()] for n in run.nodes}
     columns = ["artifact", "key", "made from", "state", "seconds"]
     rows = [[name, n.key, made_from[name], n.state, n.seconds] for n in run.nodes for name in [f"{n.stage}/{n.label}"]]
-    section = Section("Lineage", TEXT, [Table("Artifacts", columns, rows)])
+    section, table = Section("Lineage", TEXT), Table("Artifacts", columns, rows)
     if any(made_from.values()):
-        section.figures.append(("lineage", _drawn(run.nodes, made_from)))
+        section.draw("lineage", _drawn(run.nodes, made_from), table)
+    else:
+        section.tables.append(table)
     return section
 
 

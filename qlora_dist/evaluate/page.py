@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Figure = dict[str, Any]
@@ -15,11 +15,12 @@ MAX_SHOWN = 600
 
 @dataclass(slots=True)
 class Table:
-    """A caption, column names, and rows of anything that `shown` can show."""
+    """A caption, column names and rows of anything that `shown` can show; `of` names the figure of these numbers."""
 
     caption: str
     columns: list[str]
     rows: list[list[Any]]
+    of: str = ""
 
     def cells(self) -> list[list[str]]:
         """Returns the rows as text."""
@@ -41,6 +42,15 @@ class Section:
     figures: list[tuple[str, Figure]] = field(default_factory=list)
     code: str = ""
     folded: bool = False
+
+    def draw(self, name: str, figure: Figure, table: Table) -> None:
+        """Adds a figure, and the table of the same numbers."""
+        self.figures.append((name, figure))
+        self.tables.append(replace(table, of=name))
+
+    def tables_of(self, figure: str = "") -> list[Table]:
+        """Returns the tables of a figure; those of none, without a name."""
+        return [table for table in self.tables if table.of == figure]
 
     @property
     def anchor(self) -> str:
@@ -79,6 +89,14 @@ def union_table(caption: str, first: str, named: Sequence[tuple[str, Mapping[str
         return []
     rows = [[name, *(v if is_scalar(v := values.get(c)) else None for c in columns)] for name, values in named]
     return [Table(caption, [first, *columns], rows)]
+
+
+def map_table(figure: Figure) -> Table:
+    """Returns the table of a heat map: its rows and columns as it draws them."""
+    (cells,), layout = figure["data"], figure["layout"]
+    corner = " / ".join(t for axis in ("yaxis", "xaxis") if (t := layout[axis]["title"]["text"]))
+    rows = [[name, *values] for name, values in zip(cells["y"], cells["z"], strict=True)]
+    return Table(layout["title"]["text"], [corner, *cells["x"]], rows)
 
 
 def _cut(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_dist.evaluate import figures
 from qlora_dist.evaluate.compare import BASE
 from qlora_dist.evaluate.examples import mark
-from qlora_dist.evaluate.page import Section, Table
+from qlora_dist.evaluate.page import Section, Table, map_table
 from qlora_dist.evaluate.summary import Row, RunView, mapping, number, text
 
 FIRST_METRICS = ("bits_per_byte", "completion_loss", "exact_match", "schema_valid")
@@ -44,8 +44,8 @@ def scores(run: RunView) -> Section | None:
     """Shows the scores that people compare first, each with its interval and a bar chart."""
     section = Section("Scores", "Intervals are 95 %, by bootstrap over clusters of near-copies.")
     for metric, chosen in _by_metric(run, of_first=True):
-        section.figures.append((f"scores-{metric}", figures.score_bars(chosen, metric, metric_name(metric))))
-        section.tables.append(_score_table(metric, chosen))
+        drawn = figures.score_bars(chosen, metric, metric_name(metric))
+        section.draw(f"scores-{metric}", drawn, _score_table(metric, chosen))
     return section if section.tables else None
 
 
@@ -91,9 +91,9 @@ def calibration(run: RunView) -> Section | None:
         lines = {model: ([p[0] for p in points], [p[1] for p in points]) for model, points in curves.items()}
         title = f"{domain}: share of right tokens by confidence"
         drawn = figures.lines({"sure and right": ([0, 1], [0, 1]), **lines}, title, "confidence", "share right")
-        section.figures.append((f"calibration-{domain}", drawn))
         rows = [[model, *point] for model, points in curves.items() for point in points]
-        section.tables.append(Table(title, ["model", "confidence", "share right", "tokens"], rows))
+        table = Table(title, ["model", "confidence", "share right", "tokens"], rows)
+        section.draw(f"calibration-{domain}", drawn, table)
     return section if section.tables else None
 
 
@@ -145,7 +145,8 @@ def matrix(run: RunView) -> Section | None:
     grid = [[value.get((m, d)) for d in domains] for m in models]
     title = "Bits per byte minus the base's (negative is better)"
     section = Section("Against the base", COMPARED)
-    section.figures.append(("matrix", figures.heat_map(grid, domains, models, title, middle=0)))
+    drawn = figures.heat_map(grid, domains, models, title, middle=0, x="held-out set", y="model")
+    section.draw("matrix", drawn, map_table(drawn))
     section.tables += _difference_tables(run, of_first=True)
     return section
 

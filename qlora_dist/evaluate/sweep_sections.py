@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_dist.evaluate import figures
-from qlora_dist.evaluate.page import Section, union_table
+from qlora_dist.evaluate.page import Section, map_table, union_table
 from qlora_dist.evaluate.summary import Row, RunView, mappings, text
 
 SETTINGS = ("lora_rank", "lora_alpha", "learning_rate")
@@ -25,7 +25,7 @@ def sweep(run: RunView) -> Section | None:
     metric = text(run.sweep.get("metric")) or METRIC
     title = f"{metric.replace('_', ' ')} by rank and alpha (lower is better)"
     if drawn := figures.trial_map(trials, metric, title, x="lora_rank", y="lora_alpha"):
-        section.figures.append(("sweep-rank-alpha", drawn))
+        section.draw("sweep-rank-alpha", drawn, map_table(drawn))
     return section
 
 

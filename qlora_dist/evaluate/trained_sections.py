@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 from qlora_dist.evaluate import figures
-from qlora_dist.evaluate.page import Section, Table, union_table
+from qlora_dist.evaluate.page import Section, Table, map_table, union_table
 from qlora_dist.evaluate.summary import NodeView, Row, RunView, mappings, number
 
 
@@ -19,9 +19,9 @@ def curves(run: RunView) -> Section | None:
         drawn = {label: points for label, points in drawn.items() if points[0]}
         if drawn:
             name = metric.replace("_", " ")
-            section.figures.append((f"curve-{metric}", figures.lines(drawn, name, "step", name)))
             ends = [[label, len(xs), ys[0], min(ys), ys[-1]] for label, (xs, ys) in drawn.items()]
-            section.tables.append(Table(name, ["training", "points", "first", "least", "last"], ends))
+            table = Table(name, ["training", "points", "first", "least", "last"], ends)
+            section.draw(f"curve-{metric}", figures.lines(drawn, name, "step", name), table)
     return section if section.figures else None
 
 
@@ -51,8 +51,8 @@ def _add_cosines(section: Section, node: NodeView, names: list[str]) -> None:
     rows = [[number(x) for x in row] for row in matrix if isinstance(row, list)]
     if [len(row) for row in rows] == [len(names)] * len(names):
         title = f"{node.label}: cosine between the parts' updates"
-        section.figures.append((f"cosines-{node.label}", figures.heat_map(rows, names, names, title, middle=0)))
-        section.tables.append(Table(title, ["part", *names], [[n, *r] for n, r in zip(names, rows, strict=True)]))
+        drawn = figures.heat_map(rows, names, names, title, middle=0)
+        section.draw(f"cosines-{node.label}", drawn, map_table(drawn))
 
 
 def _add_spectrum(section: Section, node: NodeView) -> None:
@@ -65,9 +65,9 @@ def _add_spectrum(section: Section, node: NodeView) -> None:
     ranks = list(range(1, len(kept) + 1))
     title = f"{node.label}: energy kept by rank"
     drawn = {"share of the squared norm": (ranks, kept)}
-    section.figures.append((f"spectrum-{node.label}", figures.lines(drawn, title, "rank", "energy kept")))
     shown = [rank for rank in ranks if rank & (rank - 1) == 0 or rank == len(ranks)]
-    section.tables.append(Table(title, ["rank", "energy kept"], [[rank, kept[rank - 1]] for rank in shown]))
+    table = Table(title, ["rank", "energy kept"], [[rank, kept[rank - 1]] for rank in shown])
+    section.draw(f"spectrum-{node.label}", figures.lines(drawn, title, "rank", "energy kept"), table)
 
 
 def certificate(run: RunView) -> Section | None:

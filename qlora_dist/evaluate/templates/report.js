@@ -1,6 +1,7 @@
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const narrow = window.matchMedia("(max-width: 40rem)");
   const colors = () => {
     const style = getComputedStyle(document.documentElement);
     const line = style.getPropertyValue("--line").trim();
@@ -11,14 +12,24 @@
   const draw = (place) => {
     const { data, layout } = figures[place.dataset.figure];
     const { ink, axis } = colors();
-    const themed = { ...layout, title: undefined, font: { color: ink }, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) };
+    const themed = { ...layout, title: undefined, font: { color: ink, size: narrow.matches ? 11 : 12 },
+      xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) };
     const bar = matchMedia("(hover: none)").matches ? false : "hover";
     Plotly.react(place, data, themed, { responsive: true, displaylogo: false, displayModeBar: bar });
   };
-  const all = () => document.querySelectorAll("[data-figure]").forEach(draw);
+  const visible = (place) => !place.closest("details:not([open])");
+  const all = () => [...document.querySelectorAll("[data-figure]")].filter(visible).forEach(draw);
   all();
   dark.addEventListener("change", all);
-  // What is folded on the screen is open on paper.
+  // A figure that is unfolded is drawn then: before, it has no width.
   const folded = document.querySelectorAll("details");
-  window.addEventListener("beforeprint", () => folded.forEach((d) => { d.open = true; }));
+  folded.forEach((d) => d.addEventListener("toggle", () => d.open && d.querySelectorAll("[data-figure]").forEach(draw)));
+  // What a link points at is unfolded; what is folded on the screen is open on paper.
+  const unfold = () => {
+    const section = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    section?.querySelector(":scope > details")?.setAttribute("open", "");
+  };
+  window.addEventListener("hashchange", unfold);
+  unfold();
+  window.addEventListener("beforeprint", () => { folded.forEach((d) => { d.open = true; }); all(); });
 })();
