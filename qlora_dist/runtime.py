@@ -154,6 +154,33 @@ class TableSink(Protocol):
         """Records one table."""
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A finished artifact as trackers know it: what it is, its recipe's key, its manifest, and what was found of it."""
+
+    stage: str
+    label: str
+    key: str
+    manifest: Path
+    facts: Facts
+
+
+@runtime_checkable
+class ImageSink(Protocol):
+    """A sink that takes images too."""
+
+    def log_image(self, name: str, pixels_HWC: Any) -> None:
+        """Records one image, uint8 [height, width, 3]."""
+
+
+@runtime_checkable
+class LineageSink(Protocol):
+    """A sink that takes lineage too."""
+
+    def log_made(self, made: Made, made_from: Sequence[Made]) -> None:
+        """Records what was made, and of what."""
+
+
 class JsonlSink:
     """A sink that appends one JSON object a step to a file, flushed at once."""
 
@@ -195,3 +222,19 @@ def log_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], 
         for sink in _sinks.get(lane, []):
             if isinstance(sink, TableSink):
                 sink.log_table(name, columns, rows)
+
+
+def log_image(name: str, pixels_HWC: Any, lane: str = "") -> None:
+    """Sends an image to every open sink of `lane` that takes images, from rank 0 alone."""
+    if rank() == 0:
+        for sink in _sinks.get(lane, []):
+            if isinstance(sink, ImageSink):
+                sink.log_image(name, pixels_HWC)
+
+
+def log_made(made: Made, made_from: Sequence[Made], lane: str = "") -> None:
+    """Sends a finished artifact and its parents to every open sink of `lane` that takes lineage, from rank 0 alone."""
+    if rank() == 0:
+        for sink in _sinks.get(lane, []):
+            if isinstance(sink, LineageSink):
+                sink.log_made(made, made_from)

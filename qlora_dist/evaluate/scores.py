@@ -23,7 +23,8 @@ from qlora_dist.evaluate.documents import DOCUMENTS_FILE, read_documents, score_
 from qlora_dist.evaluate.held_out import HeldOut
 from qlora_dist.evaluate.loading import Inputs, Models, Task, open_models
 from qlora_dist.evaluate.terms import TermMarker, terms_of
-from qlora_dist.runtime import Facts, Progress, clear, log, log_metrics, log_table, set_seed, write_json
+from qlora_dist.runtime import Facts, Progress, clear, log, log_image, log_metrics, log_table, set_seed, write_json
+from qlora_dist.tracking.picture import square_picture
 
 SCORES_FILE = "scores.json"
 SCORE_COLUMNS = ("model", "domain", "split", "metric", "value", "low", "high", "num_documents")
@@ -136,6 +137,11 @@ def _finish(models: Models, task: Task) -> Facts:
     write_json(out / SCORES_FILE, {"rows": table})
     log_table("scores", list(SCORE_COLUMNS), [[row[c] for c in SCORE_COLUMNS] for row in table], lane)
     log_table("answers", list(ANSWER_COLUMNS), [[getattr(a, c) for c in ANSWER_COLUMNS] for a in answers], lane)
+    for domain, found in calibration.items():
+        bins = found.bins()
+        points = list(zip(bins["confidence"], bins["accuracy"], strict=True))
+        picture = square_picture({config.name: points}, f"{domain}: share right by confidence")
+        log_image(f"calibration/{domain}", picture, lane)
     log_metrics(0, {f"{row['domain']}/{row['metric']}": row["value"] for row in table}, lane)
     return {
         "scores": table,

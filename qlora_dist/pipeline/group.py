@@ -10,8 +10,9 @@ from itertools import groupby
 
 from qlora_dist.errors import Preempted, QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
-from qlora_dist.pipeline.run import begin, leave_word, manifest_of, ownership, reporting, run_and_report, tracked
+from qlora_dist.pipeline.run import begin, leave_word, manifest_of, ownership, reporting, run_and_report
 from qlora_dist.pipeline.stages import STAGES
+from qlora_dist.pipeline.tracked import say_made, tracked
 from qlora_dist.runtime import Facts, log, rank
 
 INTERRUPTED = 130
@@ -96,4 +97,5 @@ def _end(plan: Plan, node: Node, made: Facts | QloraDistError, seconds: float) -
         return made.exit_code
     if rank() == 0:
         plan.store.commit(manifest_of(plan, node, made, seconds))
+        say_made(plan, node, made, lane=node.label)
     return 0

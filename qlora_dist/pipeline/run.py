@@ -20,12 +20,12 @@ import psutil
 
 from qlora_dist.artifacts.owner import OwnedError, describe
 from qlora_dist.artifacts.store import Manifest
-from qlora_dist.config.evaluate import TrackingConfig, TrackingName
 from qlora_dist.errors import Preempted, QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.sealed import note_reading
 from qlora_dist.pipeline.stages import STAGES
-from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, rank, sinks, world_size, write_json
+from qlora_dist.pipeline.tracked import say_made, tracked
+from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, rank, world_size, write_json
 
 
 def run_node(plan: Plan, node: Node) -> None:
@@ -42,9 +42,11 @@ def run_node(plan: Plan, node: Node) -> None:
         out = begin(plan, node)
         started = time.monotonic()
         try:
-            facts = _work(plan, node, out)
-            if rank() == 0:
-                store.commit(manifest_of(plan, node, facts, time.monotonic() - started))
+            with tracked(plan, node):
+                facts = STAGES[node.stage].load()(node.told(), plan.store.inputs(node.inputs), out)
+                if rank() == 0:
+                    store.commit(manifest_of(plan, node, facts, time.monotonic() - started))
+                    say_made(plan, node, facts)
         except OSError as error:
             raise disk_error(error, out) or error from error
 
@@ -60,40 +62,6 @@ def begin(plan: Plan, node: Node) -> Path:
         note_reading(plan, node)
     os.environ[PROGRESS_VARIABLE] = str(progress)
     return out
-
-
-def _work(plan: Plan, node: Node, out: Path) -> Facts:
-    with tracked(plan, node):
-        return STAGES[node.stage].load()(node.told(), plan.store.inputs(node.inputs), out)
-
-
-@contextmanager
-def tracked(plan: Plan, node: Node, lane: str = "") -> Iterator[None]:
-    """Sends what the node logs to the run's tracker, inside the `with` block, if its stage is one that is tracked."""
-    with ExitStack() as stack:
-        if STAGES[node.stage].is_tracked:
-            _track(plan, node, lane, stack)
-        yield
-
-
-def _track(plan: Plan, node: Node, lane: str, stack: ExitStack) -> None:
-    told = plan.config["tracking"]
-    tracking = TrackingConfig(**{**told, "name": TrackingName[told["name"]]})
-    if tracking.name is TrackingName.none:
-        return
-    from qlora_dist.tracking import open_tracker
-
-    tracker = open_tracker(
-        tracking,
-        name=f"{node.stage}-{node.label}",
-        run_id=f"{node.stage}-{node.label}-{node.key}",
-        group=plan.experiment,
-        job_type=node.stage,
-        recipe=node.recipe,
-        folder=plan.folder,
-    )
-    if sink := stack.enter_context(tracker):
-        stack.enter_context(sinks(sink, lane=lane))
 
 
 @contextmanager

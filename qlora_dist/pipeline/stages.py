@@ -31,7 +31,6 @@ class Stage:
     joint: str = ""
     loads_model: bool = False
     resumes: bool = False
-    is_tracked: bool = False
 
     def load(self) -> StageFunction:
         """Imports the stage's function, and with it the libraries it needs."""
@@ -54,7 +53,7 @@ STAGES: dict[str, Stage] = {
         Stage("shards", told.ShardsConfig, "qlora_dist.data.shards:write_shards"),
         Stage("tokenizer", told.TokenizerConfig, "qlora_dist.model.tokenizer:write_tokenizer"),
         Stage("rows", told.RowsConfig, "qlora_dist.data.rows:write_rows"),
-        Stage("tiny", told.TinyStageConfig, "qlora_dist.model.tiny:make_tiny", loads_model=True, is_tracked=True),
+        Stage("tiny", told.TinyStageConfig, "qlora_dist.model.tiny:make_tiny", loads_model=True),
         Stage("base", told.BaseConfig, "qlora_dist.model.base:prepare_base"),
         Stage(
             "adapter",
@@ -63,7 +62,6 @@ STAGES: dict[str, Stage] = {
             joint="qlora_dist.train:train_adapters",
             loads_model=True,
             resumes=True,
-            is_tracked=True,
         ),
         Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),
         Stage("chosen", told.ChosenConfig, "qlora_dist.pipeline.referee:choose_merge", loads_model=True),
@@ -75,7 +73,6 @@ STAGES: dict[str, Stage] = {
             joint="qlora_dist.evaluate.scores:score_models",
             loads_model=True,
             resumes=True,
-            is_tracked=True,
         ),
     )
 }

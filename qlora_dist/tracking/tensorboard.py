@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qlora_dist.errors import ConfigError
+from qlora_dist.runtime import Made
 
 
 class TensorboardSink:
@@ -22,6 +23,27 @@ class TensorboardSink:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Writes a table as Markdown."""
+        lines = [columns, ["---"] * len(columns), *rows]
+        table = "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
+        self.writer.add_text(name, table)
+        self.writer.flush()
+
+    def log_image(self, name: str, pixels_HWC: Any) -> None:
+        """Writes an image."""
+        self.writer.add_image(name, pixels_HWC, dataformats="HWC")
+        self.writer.flush()
+
+    def log_made(self, made: Made, made_from: Sequence[Made]) -> None:
+        """Writes the keys of what was made and of its parents as a table: TensorBoard has no lineage of its own."""
+        rows = [[m.stage, m.label, m.key, how] for m, how in [(made, "made"), *((m, "read") for m in made_from)]]
+        self.log_table("lineage", ["stage", "label", "key", "how"], rows)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 @contextmanager

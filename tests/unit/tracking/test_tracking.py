@@ -15,8 +15,9 @@ import pytest
 
 from qlora_dist.config.evaluate import TrackingConfig, TrackingName
 from qlora_dist.errors import ConfigError
-from qlora_dist.runtime import JsonlSink, log_table, sinks
+from qlora_dist.runtime import JsonlSink, Made, log_image, log_made, log_table, sinks
 from qlora_dist.tracking import open_tracker
+from qlora_dist.tracking.picture import matrix_picture, square_picture
 
 
 def run_of(folder: Path, name: TrackingName = TrackingName.offline) -> Any:
@@ -183,3 +184,97 @@ def test_tables_reach_the_tracker_that_takes_them(tmp_path: Path) -> None:
     where = next(row["scores.path"] for row in history(path) if "scores.path" in row)
     table = json.loads((path.parent / "files" / where).read_text(encoding="utf-8"))
     assert (table["columns"], table["data"]) == (["model", "value"], [["base", 3.1], ["merged", 2.4]])
+
+
+def made_of(folder: Path, stage: str, label: str, facts: dict[str, Any] | None = None) -> Made:
+    manifest = folder / stage / f"{label}-abc123" / "manifest.json"
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps({"stage": stage, "label": label}), encoding="utf-8")
+    return Made(stage=stage, label=label, key="abc123", manifest=manifest, facts=facts or {})
+
+
+def test_artifacts_are_linked_by_lineage_to_the_run_that_made_them_and_to_those_that_read_them(tmp_path: Path) -> None:
+    rows, base = (made_of(tmp_path, *name) for name in (("rows", "legal-0"), ("base", "tiny")))
+    adapter = made_of(tmp_path, "adapter", "legal-0", {"validation_loss": 2.5})
+    with run_of(tmp_path) as sink, sinks(sink):
+        log_made(adapter, [rows, base])
+    (path,) = segments(tmp_path)
+    logged = [r for r in records(path) if r.WhichOneof("record_type") == "artifact"]
+    artifacts = {r.artifact.name: r.artifact for r in logged}
+    assert {name: (a.type, a.use_after_commit) for name, a in artifacts.items()} == {
+        "rows-legal-0": ("rows", True),
+        "base-tiny": ("base", True),
+        "adapter-legal-0": ("adapter", False),
+    }
+    assert {a.run_id for a in artifacts.values()} == {"adapter-legal-0-abc123"}
+    assert all("abc123" in a.aliases for a in artifacts.values())
+    (entry,) = artifacts["adapter-legal-0"].manifest.contents
+    assert (entry.path, Path(entry.local_path)) == ("manifest.json", adapter.manifest)
+    assert json.loads(artifacts["rows-legal-0"].metadata)["key"] == "abc123"
+    summary = {u.key: u.value_json for r in records(path) for u in r.summary.update}
+    assert json.loads(summary["validation_loss"]) == 2.5
+
+
+def test_same_artifact_has_the_same_digest_for_its_maker_and_its_reader(tmp_path: Path) -> None:
+    rows, base = (made_of(tmp_path, *name) for name in (("rows", "legal-0"), ("base", "tiny")))
+    with run_of(tmp_path) as sink, sinks(sink):
+        log_made(rows, [])
+        log_made(base, [rows])
+    (path,) = segments(tmp_path)
+    logged = [r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact"]
+    assert [a.use_after_commit for a in logged if a.name == "rows-legal-0"] == [False, True]
+    assert len({a.digest for a in logged if a.name == "rows-legal-0"}) == 1
+
+
+def test_tables_and_images_of_what_was_found_are_logged(tmp_path: Path) -> None:
+    facts = {
+        "parts": [{"label": "legal-0", "weight": 0.5}, {"label": "legal-1", "weight": 0.5}],
+        "cosines": [[1.0, 0.3], [0.3, 1.0]],
+        "certificate": [{"check": "moved", "passed": True, "found": "224 of 224"}],
+    }
+    merged = made_of(tmp_path, "merged", "all", facts)
+    with run_of(tmp_path) as sink, sinks(sink):
+        log_made(merged, [])
+        log_image("calibration/legal", square_picture({"base": [(0.2, 0.1), (0.8, 0.9)]}, "legal"))
+    (path,) = segments(tmp_path)
+    rows = {key: value for row in history(path) for key, value in row.items()}
+    assert {"parts.path", "certificate.path", "cosines.path", "calibration/legal.path"} <= set(rows)
+    from PIL import Image
+
+    for name in ("cosines", "calibration/legal"):
+        with Image.open(path.parent / "files" / rows[f"{name}.path"]) as image:
+            assert image.size == (rows[f"{name}.width"], rows[f"{name}.height"])
+            assert len(image.convert("RGB").getcolors(100_000) or []) > 3
+    table = json.loads((path.parent / "files" / rows["certificate.path"]).read_text(encoding="utf-8"))
+    assert table["data"] == [["moved", True, "224 of 224"]]
+
+
+def test_silent_server_is_asked_once_and_not_by_each_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("qlora_dist.tracking.weights_and_biases.INIT_TIMEOUT_S", 3.0)
+    took = []
+    for _ in range(2):
+        started = time.monotonic()
+        with run_of(tmp_path, TrackingName.wandb) as sink:
+            sink.log(1, {"loss": 1.0})
+        took.append(time.monotonic() - started)
+    assert (tmp_path / "wandb" / "unreachable").exists()
+    assert took[1] < took[0] - 1.5
+    assert len(segments(tmp_path)) == 2
+
+
+def test_tensorboard_takes_tables_images_and_lineage(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="pip install -e .[tensorboard]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with run_of(tmp_path, TrackingName.tensorboard) as sink, sinks(sink):
+        log_table("scores", ["model", "value"], [["a|b", 3.1]])
+        log_image("cosines", matrix_picture([[1.0, -0.5], [-0.5, 1.0]], ["a", "b"]))
+        log_made(made_of(tmp_path, "adapter", "legal-0"), [made_of(tmp_path, "rows", "legal-0")])
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "adapter-legal-0-abc123")).Reload()
+    told = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert told["scores/text_summary"] == "| model | value |\n| --- | --- |\n| a\\|b | 3.1 |"
+    assert "| rows | legal-0 | abc123 | read |" in told["lineage/text_summary"]
+    (image,) = events.Images("cosines")
+    assert image.width == image.height + 48

@@ -1,0 +1,53 @@
+"""What trackers are told of a node: what it logs while it works, and, once it is made, of what it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from qlora_dist.artifacts.store import MANIFEST
+from qlora_dist.config.evaluate import TrackingConfig, TrackingName
+from qlora_dist.pipeline.plan import Node, Plan
+from qlora_dist.runtime import Facts, Made, log_made, sinks
+
+
+@contextmanager
+def tracked(plan: Plan, node: Node, lane: str = "") -> Iterator[None]:
+    """Sends what the node logs to the run's tracker, inside the `with` block."""
+    told = plan.config["tracking"]
+    tracking = TrackingConfig(**{**told, "name": TrackingName[told["name"]]})
+    with ExitStack() as stack:
+        if tracking.name is not TrackingName.none:
+            _open(plan, node, tracking, lane, stack)
+        yield
+
+
+def _open(plan: Plan, node: Node, tracking: TrackingConfig, lane: str, stack: ExitStack) -> None:
+    from qlora_dist.tracking import open_tracker
+
+    tracker = open_tracker(
+        tracking,
+        name=f"{node.stage}-{node.label}",
+        run_id=f"{node.stage}-{node.label}-{node.key}",
+        group=plan.experiment,
+        job_type=node.stage,
+        recipe=node.recipe,
+        folder=plan.folder,
+    )
+    if sink := stack.enter_context(tracker):
+        stack.enter_context(sinks(sink, lane=lane))
+
+
+def say_made(plan: Plan, node: Node, facts: Facts, lane: str = "") -> None:
+    """Tells the node's trackers, which are still open, what was made, what was found of it, and of what it was made."""
+    log_made(_made(plan, node, facts), [_made(plan, plan.node(i), {}) for i in node.inputs.values()], lane)
+
+
+def _made(plan: Plan, node: Node, facts: Facts) -> Made:
+    return Made(
+        stage=node.stage,
+        label=node.label,
+        key=node.key,
+        manifest=plan.store.folder(node.id) / MANIFEST,
+        facts=facts,
+    )
