@@ -45,6 +45,12 @@ class Preempted(QloraDistError):  # noqa: N818 - nothing went wrong: the work co
     exit_code = 75
 
 
+class PeerLost(TrainError):  # noqa: N818 - nothing went wrong here
+    """Another process of the same job is gone: run again, the job goes on from its checkpoint."""
+
+    exit_code = 76
+
+
 class LaunchError(QloraDistError):
     """A launcher can't run the plan, or a node of the plan failed."""
 

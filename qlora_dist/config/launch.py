@@ -1,4 +1,4 @@
-"""Where jobs run."""
+"""Where jobs run, and what is done when they don't end well."""
 
 from __future__ import annotations
 
@@ -49,8 +49,16 @@ class RayConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LauncherConfig:
-    """The launcher, and how many jobs it runs at once (0: as many as cores and memory allow)."""
+    """The launcher, and how many jobs it runs at once (0: as many as cores and memory allow).
+
+    A job that was killed, timed out, or lost its machine is run again up to `retries` times, after `retry_wait_s`,
+    twice that, and so on; its own error is never retried. `timeout_s` limits one life of the jobs of a stage, by
+    stage: a training goes on from its checkpoint in the next.
+    """
 
     name: LauncherName = execution(LauncherName.local)
     max_parallel: int = execution(0, at_least=0)
+    retries: int = execution(2, at_least=0)
+    retry_wait_s: float = execution(5.0, at_least=0)
+    timeout_s: dict[str, float] = execution(dict, above=0)
     ray: RayConfig = execution(RayConfig)

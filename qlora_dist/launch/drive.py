@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qlora_dist.artifacts.objects import is_url, require_writable
 from qlora_dist.artifacts.owner import OwnedError, describe
 from qlora_dist.config.run import RunConfig
 from qlora_dist.errors import ArtifactError, LaunchError
-from qlora_dist.launch.base import Launcher, Machine, State
+from qlora_dist.launch.base import Job, Launcher, State
 from qlora_dist.launch.jobs import make_jobs, node_states
 from qlora_dist.launch.open import opened
 from qlora_dist.launch.screen import Screen, clock, plan_table
@@ -50,23 +51,27 @@ def run(config: RunConfig, command: str, console: Console) -> int:
     if all(cached.values()) and is_closed(plan):
         console.print(f"Nothing to do: all {len(plan.nodes)} nodes are finished, and nothing they read has changed.")
         return _show_results(plan, _read_summary(plan), console)
+    to_run = [node for node in plan.nodes if not cached[node.name]]
     try:
-        _writable(plan.folder)
-        with opened(config.launcher) as (launcher, machine), claimed(plan, f"launch {plan.experiment}"):
-            publish(plan, [plan.write()])
-            _say_drift(moved, console)
-            _say_notes(plan, console)
-            return _drive(plan, launcher, machine, cached, console)
+        with opened(plan, config.launcher) as (launcher, machine):
+            jobs = make_jobs(plan, to_run, machine, _model_bytes(plan))
+            launcher.check(jobs)
+            _writable(plan.folder)
+            with claimed(plan, f"launch {plan.experiment}"):
+                publish(plan, [plan.write()])
+                _say_drift(moved, console)
+                _say_notes(plan, console)
+                return _drive(plan, launcher, jobs, console)
     except OwnedError as error:
         repair = "Wait for it or end it, or give this run a name of its own: name=<other>."
         raise LaunchError(f"{plan.folder} is being run by {describe(error.owner)}. {repair}") from error
 
 
-def _drive(plan: Plan, launcher: Launcher, machine: Machine, cached: dict[str, bool], console: Console) -> int:
-    states = {name: State.cached for name, is_cached in cached.items() if is_cached}
-    to_run = [node for node in plan.nodes if not cached[node.name]]
+def _drive(plan: Plan, launcher: Launcher, jobs: Sequence[Job], console: Console) -> int:
+    """Runs the jobs to their end, closes the run, and says how it went."""
+    to_run = {name for job in jobs for name in job.nodes}
+    states = {name: State.cached for name in plan.names() if name not in to_run}
     console.print(f"{len(to_run)} of {len(plan.nodes)} nodes to run; logs in {plan.folder / 'logs'}")
-    jobs = make_jobs(plan, to_run, machine, _model_bytes(plan))
     started = time.monotonic()
     interrupted = False
     with Screen(plan, console) as screen:
@@ -140,6 +145,8 @@ def _say_failures(plan: Plan, endings: dict[str, Ending], console: Console) -> N
     skipped = [name for name, ending in endings.items() if ending.state == "skipped"]
     if skipped:
         console.print(Text(f"skipped, since they need what failed: {', '.join(skipped)}", style="yellow"))
+    if any(ending.error for ending in endings.values()):
+        console.print(Text(f"Mend what is said above; what is finished stays. Then: {plan.command}"), soft_wrap=True)
 
 
 def _say_drift(moved: dict[str, list[str]], console: Console) -> None:

@@ -30,7 +30,8 @@ def make_jobs(plan: Plan, to_run: Iterable[Node], machine: Machine, model_bytes:
     widths = {stage: len({node.job for node in plan.nodes if node.stage == stage}) for stage in STAGES}
     jobs = {}
     for name, nodes in grouped.items():
-        cores = max(1, machine.cores // widths[nodes[0].stage]) if STAGES[nodes[0].stage].loads_model else 1
+        sharing = widths[nodes[0].stage] if machine.is_shared else 1
+        cores = max(1, machine.cores // sharing) if STAGES[nodes[0].stage].loads_model else 1
         jobs[name] = _make_job(plan, nodes, machine, cores, model_bytes)
     for job in jobs.values():
         several = len(job.nodes) > 1 or any(len(jobs[other].nodes) > 1 for other in job.after if other in jobs)
@@ -43,11 +44,11 @@ def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, m
     first, stage = nodes[0], STAGES[nodes[0].stage]
     ranks = first.world_size
     worker = ["-m", "qlora_dist.pipeline", plan.address, *(node.id for node in nodes)]
-    argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     before = (plan.node(artifact_id).job for node in nodes for artifact_id in node.inputs.values())
     return Job(
         name=first.job,
-        argv=[sys.executable, *argv, *worker],
+        argv=[sys.executable, *torchrun, *worker],
         worker=worker,
         processes=ranks,
         sizes=list(_sizes(first)),

@@ -7,19 +7,20 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from qlora_dist.errors import Preempted
+from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.launch.base import Job, Machine, State
+from qlora_dist.launch.lives import Lives
 from qlora_dist.pipeline.__main__ import LAUNCHER_VARIABLE
 
 GRACE_S = 15.0
 """How long a job may take to end after SIGTERM, before SIGKILL."""
-MOST_LIVES = 100
-"""How often a job that stops with a checkpoint is run again."""
+TIMED_OUT = -signal.SIGKILL
+"""What a job that was ended for its time counts as, unless it left a checkpoint: killed."""
 
 
 def this_machine() -> Machine:
@@ -41,14 +42,21 @@ def visible_gpus() -> list[str]:
 class LocalLauncher:
     """Starts each job as a process group of its own, with its output in the job's log file."""
 
-    def __init__(self, machine: Machine, max_parallel: int = 0) -> None:
+    outlives = False
+
+    def __init__(self, machine: Machine, config: LauncherConfig | None = None) -> None:
         self._machine = machine
-        self._max_parallel = max_parallel or 10**6
+        self._config = config or LauncherConfig()
         self._jobs: dict[str, Job] = {}
         self._states: dict[str, State] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._gpus: dict[str, list[str]] = {}
-        self._lives: dict[str, int] = {}
+        self._started: dict[str, float] = {}
+        self._overdue: dict[str, float] = {}
+        self._lives = Lives(self._config)
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Passes: this machine runs what it can, one job at a time if need be."""
 
     def submit(self, job: Job) -> None:
         """Takes a job; it starts in a later `poll`."""
@@ -62,12 +70,14 @@ class LocalLauncher:
                 self._states[name] = self._end_of(name, process.returncode)
                 del self._processes[name]
                 self._gpus.pop(name, None)
+            else:
+                self._mind_time(name, process)
         for name in [n for n, state in self._states.items() if state is State.waiting]:
             job = self._jobs[name]
             can_start = job.can_start(self._states.get(other, State.cached) for other in job.after)
             if can_start is False:
                 self._states[name] = State.skipped
-            elif can_start and self._fits(job):
+            elif can_start and self._lives.is_rested(name) and self._fits(job):
                 self._start(job)
         return dict(self._states)
 
@@ -86,19 +96,32 @@ class LocalLauncher:
         self._states |= {n: State.cancelled for n, state in self._states.items() if state is State.waiting}
 
     def _end_of(self, name: str, code: int) -> State:
-        """Reads a job's end; one that stopped with a checkpoint waits to be run again."""
-        code = self._jobs[name].exit_code(code)
-        if code != Preempted.exit_code:
-            return State.failed if code else State.done
-        self._lives[name] = self._lives.get(name, 0) + 1
-        return State.waiting if self._lives[name] < MOST_LIVES else State.failed
+        """Reads the end of a job's life; one that stopped with a checkpoint, or was killed, waits to be run again."""
+        job = self._jobs[name]
+        if not self._overdue.pop(name, 0.0):
+            return self._lives.after(job, code)
+        state = self._lives.after(job, code or TIMED_OUT)
+        if state is State.failed:
+            job.leave_word(timed_out(job, self._config.timeout_s[job.stage]), 1)
+        return state
+
+    def _mind_time(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        """Asks a job that takes too long to end, and ends it after `GRACE_S`."""
+        limit, now = self._config.timeout_s.get(self._jobs[name].stage), time.monotonic()
+        if limit is None or now - self._started[name] < limit:
+            return
+        if name not in self._overdue:
+            self._overdue[name] = now
+            _signal(process, signal.SIGTERM)
+        elif now - self._overdue[name] > GRACE_S:
+            _signal(process, signal.SIGKILL)
 
     def _fits(self, job: Job) -> bool:
         running = [self._jobs[name] for name in self._processes]
         if not running:
             return True
         return (
-            len(running) < self._max_parallel
+            len(running) < (self._config.max_parallel or len(self._jobs))
             and sum(other.cores for other in running) + job.cores <= self._machine.cores
             and sum(other.memory_bytes for other in running) + job.memory_bytes <= self._machine.memory_bytes
             and sum(other.gpus for other in running) + job.gpus <= self._machine.gpus
@@ -118,6 +141,13 @@ class LocalLauncher:
                 job.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
         self._states[job.name] = State.running
+        self._started[job.name] = time.monotonic()
+
+
+def timed_out(job: Job, limit_s: float) -> str:
+    """Says that a job took longer than its stage may, and what to do."""
+    repair = f"Look for where it hangs in its log, or raise launcher.timeout_s.{job.stage}."
+    return f"It took longer than launcher.timeout_s.{job.stage}={limit_s:g} seconds, and was ended. {repair}"
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

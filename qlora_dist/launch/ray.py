@@ -118,6 +118,8 @@ class Attempt:
 class RayLauncher:
     """Runs jobs on a Ray cluster, each again on what is left of it when a node is lost."""
 
+    outlives = False
+
     def __init__(self, config: RayConfig, runtime: Runtime, max_parallel: int = 0) -> None:
         self._config, self._runtime, self._max_parallel = config, runtime, max_parallel or 10**6
         self._sizing = Sizing(config)
@@ -128,6 +130,9 @@ class RayLauncher:
         self._losses: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         self._silent_since = 0.0
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Passes: the cluster was reached when the launcher was opened, and what a job waits for may come."""
 
     def submit(self, job: Job) -> None:
         """Takes a job; it starts in a later `poll`."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qlora_dist.errors import TrainError
+from qlora_dist.errors import PeerLost, TrainError
 from qlora_dist.runtime import device, rank, world_size
 
 
@@ -30,7 +30,11 @@ def joined(expected: int, timeout_s: float) -> Iterator[None]:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     backend = "cuda:nccl,cpu:gloo" if device().type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except dist.DistError as error:
+        repair = "Look at the log of rank 0's machine, and whether the others reach it."
+        raise PeerLost(f"Rank {rank()} did not find the others: {str(error).splitlines()[0]}. {repair}") from error
     try:
         meet("start", timeout_s)
         yield
@@ -51,7 +55,7 @@ def meet(where: str, timeout_s: float) -> None:
         dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as error:
         repair = "Look at those ranks' logs; raise strategy.timeout_s if they are only slow."
-        raise TrainError(f"Rank {rank()} waited {timeout_s:g} s at {where}: {error}. {repair}") from error
+        raise PeerLost(f"Rank {rank()} waited {timeout_s:g} s at {where}: {error}. {repair}") from error
 
 
 def same_on_all_ranks(value: Any) -> Any:
@@ -89,7 +93,7 @@ def naming_who_is_missing(step: int) -> Iterator[None]:
         reason = str(error).splitlines()[0]
         repair = "Look at the log of the first one that failed. Run the same command to continue from the checkpoint."
         who = f"waiting for rank {', '.join(map(str, missing))}" if missing else "waiting for each other"
-        raise TrainError(f"Step {step + 1}: {who} ({seen}; {reason}). {repair}") from error
+        raise PeerLost(f"Step {step + 1}: {who} ({seen}; {reason}). {repair}") from error
 
 
 def _place_of(other: int) -> str:

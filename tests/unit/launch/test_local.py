@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.launch.base import Job, Machine, State
+from qlora_dist.config.launch import LauncherConfig
+from qlora_dist.launch.base import End, Job, Machine, State
+from qlora_dist.launch.lives import Lives
 from qlora_dist.launch.local import LocalLauncher
 
 MACHINE = Machine(cores=2, memory_bytes=1000, gpus=0)
@@ -69,7 +71,7 @@ def test_as_many_run_at_once_as_fit(tmp_path: Path, needs: dict[str, int], most:
 
 
 def test_max_parallel_limits_what_the_machine_would_allow(tmp_path: Path):
-    launcher = LocalLauncher(MACHINE, max_parallel=1)
+    launcher = LocalLauncher(MACHINE, LauncherConfig(max_parallel=1))
     for name in "ab":
         launcher.submit(job(tmp_path, name, "import time; time.sleep(.2)"))
     assert sorted(state.name for state in launcher.poll().values()) == ["running", "waiting"]
@@ -150,3 +152,62 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+
+
+def lives_of(tmp_path: Path, code: str, *, word: str = "", config: LauncherConfig | None = None, **needs: int):
+    """Runs a job to its end, and returns its state and the number of its lives."""
+    lives = tmp_path / "lives"
+    count = f"import os, signal, time; open({str(lives)!r}, 'a').write('x'); n = len(open({str(lives)!r}).read())\n"
+    leave = f"open({str(tmp_path / 'word')!r}, 'w').write({word!r})\n" if word else ""
+    once = job(tmp_path, "adapter/a", count + leave + code, **needs)
+    once.log, once.words = tmp_path / "a.log", [tmp_path / "word"]
+    launcher = LocalLauncher(MACHINE, config or LauncherConfig(retries=2, retry_wait_s=0.01))
+    launcher.submit(once)
+    return finish(launcher)["adapter/a"], len(lives.read_text())
+
+
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_a_job_that_was_killed_is_run_again_as_often_as_the_config_says(tmp_path: Path):
+    assert lives_of(tmp_path, KILLED) == (State.failed, 3)
+
+
+def test_a_job_that_was_killed_once_ends_well(tmp_path: Path):
+    assert lives_of(tmp_path, f"n == 1 and {KILLED}") == (State.done, 2)
+
+
+@pytest.mark.parametrize("word", ["", '{"exit_code": 1}'])
+def test_an_error_of_its_own_is_never_retried(tmp_path: Path, word: str):
+    assert lives_of(tmp_path, "raise SystemExit(1)", word=word) == (State.failed, 1)
+
+
+def test_the_error_of_one_process_counts_before_what_the_others_say_of_its_loss(tmp_path: Path):
+    failed = job(tmp_path, "a")
+    failed.words = [tmp_path / "own", tmp_path / "peers"]
+    failed.words[1].write_text('{"exit_code": 76}')
+    assert (failed.end(1), failed.exit_code(1)) == (End.lost, 76)
+    failed.words[0].write_text('{"exit_code": 1}')
+    assert (failed.end(1), failed.exit_code(1)) == (End.failed, 1)
+
+
+def test_a_lost_peer_is_no_error_of_its_own(tmp_path: Path):
+    assert lives_of(tmp_path, "raise SystemExit(1)", word='{"exit_code": 76}') == (State.failed, 3)
+
+
+def test_the_wait_before_a_retry_doubles(tmp_path: Path):
+    now = [0.0]
+    lives = Lives(LauncherConfig(retries=3, retry_wait_s=10), now=lambda: now[0])
+    for wait in (10, 20, 40):
+        assert lives.after(job(tmp_path, "a"), -9) is State.waiting
+        now[0] += wait - 1
+        assert not lives.is_rested("a")
+        now[0] += 1
+        assert lives.is_rested("a")
+    assert lives.after(job(tmp_path, "a"), -9) is State.failed
+
+
+def test_a_job_that_takes_too_long_is_ended_retried_and_named(tmp_path: Path):
+    config = LauncherConfig(retries=1, retry_wait_s=0.01, timeout_s={"adapter": 0.3})
+    assert lives_of(tmp_path, "time.sleep(60)", config=config) == (State.failed, 2)
+    assert "launcher.timeout_s.adapter=0.3 seconds" in (tmp_path / "word").read_text()
