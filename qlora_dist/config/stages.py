@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_dist.config.data import DomainConfig, RenderConfig, ShardMode, SplitConfig
-from qlora_dist.config.evaluate import EvaluateConfig
+from qlora_dist.config.evaluate import EvaluateConfig, TrackingConfig
 from qlora_dist.config.fields import execution, setting
 from qlora_dist.config.merge import MergeConfig
 from qlora_dist.config.model import ModelConfig, TinyConfig
+from qlora_dist.config.sweep import TrialConfig
 from qlora_dist.config.train import LoraConfig, StrategyConfig, TrainConfig
 
 
@@ -126,4 +127,42 @@ class ChosenConfig:
     shard_weights: dict[str, float] = setting(dict)
     model: ModelConfig = setting(ModelConfig)
     evaluate: EvaluateConfig = execution(EvaluateConfig)
+    max_rows: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class WinnerConfig:
+    """Stage `winner`: choose among a shard's trials, which were all trained to the end, by development data."""
+
+    domain: str = "???"
+    trials: list[TrialConfig] = setting(list)
+    max_forgetting: float = 0.1
+
+
+@dataclass(kw_only=True, slots=True)
+class HalvedConfig:
+    """Stage `halved`: train a shard's trials from rung to rung, a part of them at each, and choose among the last."""
+
+    domain: str = "???"
+    model: ModelConfig = setting(ModelConfig)
+    trials: list[TrialConfig] = setting(list)
+    strategy: StrategyConfig = execution(StrategyConfig)
+    eta: int = 3
+    first_rung_tokens: int = 0
+    max_forgetting: float = 0.1
+    max_rows: int = 0
+    lanes: int = execution(0)
+    batch_tokens: int = execution(4096)
+    experiment: str = execution("")
+    tracking: TrackingConfig = execution(TrackingConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class RungConfig:
+    """What a trial is at a rung: the recipe of its whole training, of which so many steps are taken."""
+
+    domain: str = "???"
+    model: ModelConfig = setting(ModelConfig)
+    trial: TrialConfig = setting(TrialConfig)
+    steps: int = 0
     max_rows: int = 0

@@ -38,7 +38,8 @@ class SweepSettings:
     `first_rung_tokens`, `eta` times as many, and so on (0: the whole budget over `eta` squared), and one in `eta`
     goes on. A trial that forgets more than `max_forgetting` bits per byte of general text neither goes on nor wins.
     Trials are measured on `max_rows` rows of each development set (0: all).
-    `lanes` train at once in one job (0: as many as memory holds), in at least `jobs` jobs (0: one a shard).
+    At most `lanes` train at once in one job (0: as many as memory holds), in at least `jobs` jobs (0: one a shard);
+    `job_memory_gb` is the memory that a job has (0: that of this machine's GPU, or of this machine).
     """
 
     name: SweepName = execution(SweepName.none)
@@ -50,6 +51,7 @@ class SweepSettings:
     max_rows: int = setting(0, at_least=0)
     lanes: int = execution(0, at_least=0)
     jobs: int = execution(0, at_least=0)
+    job_memory_gb: float = execution(0.0, at_least=0)
 
 
 def _swept_fields() -> dict[str, tuple[type, str]]:

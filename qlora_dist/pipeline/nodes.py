@@ -12,10 +12,12 @@ from qlora_dist.config.data import DomainConfig
 from qlora_dist.config.fields import everything
 from qlora_dist.config.merge import MergeMethod
 from qlora_dist.config.run import RunConfig
+from qlora_dist.config.sweep import SweepName
 from qlora_dist.config.train import Method
 from qlora_dist.data.sources import leaf_digest, plan_parts
 from qlora_dist.errors import bad_value
 from qlora_dist.pipeline.plan import Node, Plan
+from qlora_dist.pipeline.trials import ShardInputs, TrialPlanner, device_bytes
 
 GENERAL, DEVELOPMENT = "general", "validation"
 CALIBRATED = {MergeMethod.regmean, MergeMethod.learned}
@@ -32,6 +34,8 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
     """
     planner = _Planner(config, command)
     adapters = {label: node for name in config.domain for label, node in planner.adapters_of(name).items()}
+    if planner.trials is not None:
+        planner.trials.pack()
     if config.train.method is Method.full:
         planner.plan.notes.append("train.method=full: full models are scored one by one, not merged.")
         models = adapters
@@ -57,6 +61,8 @@ class _Planner:
         self.tokenizer = self._tokenizer()
         self.base = self._base()
         self.rows: dict[str, Node] = {}
+        is_swept = config.sweep.name is not SweepName.none
+        self.trials = TrialPlanner(self.plan, config, device_bytes(config)) if is_swept else None
 
     def adapters_of(self, name: str) -> dict[str, Node]:
         """Adds a domain's shards, and the rows and the adapter of each; returns the adapters by label."""
@@ -66,23 +72,39 @@ class _Planner:
         )
         inputs = {"tokenizer": self.tokenizer, "splits": self.splits[name]}
         shards = self.plan.add("shards", name, shards_config, inputs=inputs)
-        adapter_config = told.AdapterConfig(
-            model=config.model, lora=config.lora, train=config.train, strategy=config.strategy, seed=config.seed
-        )
-        needs = {"base": self.base, "tokenizer": self.tokenizer, "validation": self._held_out(name, DEVELOPMENT)}
         adapters = {}
         for shard in range(domain.num_shards):
             label = f"{name}-{shard}"
-            rows_config = told.RowsConfig(
-                split="train", shard=shard, row_tokens=config.train.row_tokens, render=domain.render
-            )
-            rows = self.plan.add("rows", label, rows_config, inputs={"tokenizer": self.tokenizer, "shards": shards})
-            self.rows[label] = rows
-            ranks = config.strategy.world_size
-            adapters[label] = self.plan.add(
-                "adapter", label, adapter_config, inputs={**needs, "rows": rows}, world_size=ranks
-            )
+            self.rows[label] = self._rows(label, shard, shards, config.train.row_tokens)
+            if self.trials is None:
+                adapters[label] = self._adapter(label, name)
+            else:
+                adapters[label] = self.trials.add(self._shard_inputs(label, name, shard, shards))
         return adapters
+
+    def _adapter(self, label: str, domain: str) -> Node:
+        config = self.config
+        adapter_config = told.AdapterConfig(
+            model=config.model, lora=config.lora, train=config.train, strategy=config.strategy, seed=config.seed
+        )
+        inputs = {"base": self.base, "tokenizer": self.tokenizer, "rows": self.rows[label]}
+        inputs["validation"] = self._held_out(domain, DEVELOPMENT)
+        return self.plan.add("adapter", label, adapter_config, inputs=inputs, world_size=config.strategy.world_size)
+
+    def _shard_inputs(self, label: str, domain: str, shard: int, shards: Node) -> ShardInputs:
+        return ShardInputs(
+            label=label,
+            domain=domain,
+            base=self.base,
+            tokenizer=self.tokenizer,
+            rows=lambda row_tokens: self._rows(label, shard, shards, row_tokens),
+            held_out=lambda name, row_tokens: self._held_out(name, DEVELOPMENT, row_tokens),
+        )
+
+    def _rows(self, label: str, shard: int, shards: Node, row_tokens: int) -> Node:
+        domain = self.domains[label.rpartition("-")[0]]
+        config = told.RowsConfig(split="train", shard=shard, row_tokens=row_tokens, render=domain.render)
+        return self._packed(label, config, {"tokenizer": self.tokenizer, "shards": shards})
 
     def merged(self, adapters: Mapping[str, Node]) -> Node:
         """Adds the merge that the config names."""
@@ -137,11 +159,15 @@ class _Planner:
         splits = told.SplitsConfig(domain=name, split=domain.split, max_reject_share=domain.max_reject_share)
         return self.plan.add("splits", name, splits, inputs=parts)
 
-    def _held_out(self, name: str, split: str) -> Node:
-        render, row_tokens = self.domains[name].render, self.config.train.row_tokens
-        config = told.RowsConfig(split=split, row_tokens=row_tokens, render=render)
-        inputs = {"tokenizer": self.tokenizer, "splits": self.splits[name]}
-        return self.plan.add("rows", f"{name}-{split}", config, inputs=inputs)
+    def _held_out(self, name: str, split: str, row_tokens: int = 0) -> Node:
+        row_tokens = row_tokens or self.config.train.row_tokens
+        config = told.RowsConfig(split=split, row_tokens=row_tokens, render=self.domains[name].render)
+        return self._packed(f"{name}-{split}", config, {"tokenizer": self.tokenizer, "splits": self.splits[name]})
+
+    def _packed(self, label: str, config: told.RowsConfig, inputs: Mapping[str, Node]) -> Node:
+        """Adds packed rows; those of another length than the run's say so in their name."""
+        name = label if config.row_tokens == self.config.train.row_tokens else f"{label}.t{config.row_tokens}"
+        return self.plan.add("rows", name, config, inputs=inputs, subject=label)
 
     def _tokenizer(self) -> Node:
         model = self.config.model

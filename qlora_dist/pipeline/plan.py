@@ -40,11 +40,14 @@ class Node:
     leaves: dict[str, str] = field(default_factory=dict)
     world_size: int = 1
     group: str = ""
+    subject: str = ""
+    """The label that its artifact bears instead of the node's own: all trials of a shard bear the shard's, so that a
+    recipe is the same artifact whether a sweep trains it or nothing but it is trained."""
 
     @property
     def id(self) -> str:
         """The id of the artifact it makes: `<stage>/<label>-<key>`."""
-        return f"{self.stage}/{self.label}-{self.key}"
+        return f"{self.stage}/{self.subject or self.label}-{self.key}"
 
     @property
     def name(self) -> str:
@@ -147,6 +150,7 @@ class Plan:
         leaves: Mapping[str, str] | None = None,
         world_size: int = 1,
         group: str = "",
+        subject: str = "",
     ) -> Node:
         """Adds a node, unless it is there already, and returns it; its key follows from its recipe and its inputs."""
         inputs = inputs or {}
@@ -163,6 +167,7 @@ class Plan:
             leaves=dict(leaves or {}),
             world_size=world_size,
             group=group,
+            subject=subject,
         )
         there = self._index.setdefault(node.name, node)
         assert there.key == key, f"two nodes are called {node.name}"

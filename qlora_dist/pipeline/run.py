@@ -102,7 +102,7 @@ def manifest_of(plan: Plan, node: Node, facts: Facts, seconds: float) -> Manifes
     """Writes down what a node made, from what and how."""
     return Manifest(
         stage=node.stage,
-        label=node.label,
+        label=node.subject or node.label,
         key=node.key,
         version=STAGES[node.stage].version,
         recipe=node.recipe,

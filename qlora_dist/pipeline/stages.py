@@ -63,6 +63,15 @@ STAGES: dict[str, Stage] = {
             loads_model=True,
             resumes=True,
         ),
+        Stage("validated", told.ScoresConfig, "qlora_dist.evaluate.scores:score_model", loads_model=True),
+        Stage("winner", told.WinnerConfig, "qlora_dist.pipeline.winner:choose_trial"),
+        Stage(
+            "halved",
+            told.HalvedConfig,
+            "qlora_dist.pipeline.halved:halve_trials",
+            loads_model=True,
+            resumes=True,
+        ),
         Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),
         Stage("chosen", told.ChosenConfig, "qlora_dist.pipeline.referee:choose_merge", loads_model=True),
         Stage(
