@@ -154,6 +154,8 @@ class HalvedConfig:
     lanes: int = execution(0)
     batch_tokens: int = execution(4096)
     experiment: str = execution("")
+    root: str = execution("")
+    staging: str = execution("")
     tracking: TrackingConfig = execution(TrackingConfig)
 
 

@@ -85,15 +85,72 @@ def choose_among(
     allowed = [t for t in ended if found[t.name].forgetting <= max_forgetting]
     best = min(allowed or ended, key=lambda t: _order(found[t.name], bool(allowed)))
     over = {t.name: _difference(documents[t.name], documents[best.name], domain) for t in ended if t is not best}
-    corrected = _corrected(over)
-    alike = [t for t in allowed if t is best or corrected.get(t.name, 0.0) >= LEVEL]
-    chosen = min(alike, key=lambda t: (*size(t), found[t.name].bits_per_byte)) if alike else best
-    rows = [
-        _row(t, found[t.name], documents[t.name], over.get(t.name), corrected.get(t.name), domain, max_forgetting)
-        for t in ended
-    ]
-    reason = _reason(best, chosen, min(ended, key=size), ended, allowed, corrected, over, max_forgetting)
-    return {"winner": chosen.name, "best": best.name, "reason": reason, "trials": rows}
+    field = _Field(ended, allowed, best, found, over, _corrected(over), max_forgetting)
+    chosen = field.smallest_alike()
+    rows = [field.row(t) | _own_interval(documents[t.name], domain) for t in ended]
+    return {"winner": chosen.name, "best": best.name, "reason": field.reason(chosen), "trials": rows}
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """All trials that came to the end, and how each one compares with the best."""
+
+    ended: Sequence[TrialConfig]
+    allowed: Sequence[TrialConfig]
+    best: TrialConfig
+    found: Mapping[str, Measured]
+    over: Mapping[str, Estimate]
+    corrected: Mapping[str, float]
+    max_forgetting: float
+
+    def smallest_alike(self) -> TrialConfig:
+        """Returns the smallest of those that can't be told from the best, which is one of them."""
+        alike = [t for t in self.allowed if self.corrected.get(t.name, 0.0) >= LEVEL]
+        return min([self.best, *alike], key=lambda t: (*size(t), self.found[t.name].bits_per_byte))
+
+    def row(self, trial: TrialConfig) -> dict[str, Any]:
+        """Returns what is shown of one trial."""
+        found, over = self.found[trial.name], self.over.get(trial.name)
+        return {
+            "trial": trial.name,
+            "validation_bits_per_byte": finite(found.bits_per_byte),
+            "low": None,
+            "high": None,
+            "forgetting": finite(found.forgetting),
+            "forgets_too_much": found.forgetting > self.max_forgetting,
+            "over_best": finite(over.value) if over else 0.0,
+            "over_best_low": over.low if over else None,
+            "over_best_high": over.high if over else None,
+            "p_holm": self.corrected.get(trial.name),
+        }
+
+    def reason(self, chosen: TrialConfig) -> str:
+        """Says in words who is chosen and why."""
+        best, limit = self.best, f"{self.max_forgetting:g}"
+        if not self.allowed:
+            return f"All {len(self.ended)} trials forget more than {limit} bits per byte of general text; it the least."
+        words = f"{best.name} has the fewest bits per byte of {len(self.allowed)} trials that forget at most {limit}; "
+        if self.over and not self.corrected:
+            return words + "there are too few documents to say how sure that is."
+        return words + self._beside_cheapest(min(self.ended, key=size), chosen)
+
+    def _beside_cheapest(self, cheapest: TrialConfig, chosen: TrialConfig) -> str:
+        if size(self.best) == size(cheapest):
+            return "none is smaller."
+        if cheapest in self.allowed and self.corrected.get(cheapest.name, 0.0) >= LEVEL:
+            cheap = f"it is not distinguishable from the cheapest, {self._told(cheapest)}"
+        else:
+            cheap = f"the cheapest is worse, {self._told(cheapest)}"
+            if cheapest not in self.allowed:
+                cheap = f"the cheapest, {cheapest.name}, forgets too much"
+        if chosen is self.best:
+            return f"{cheap}, and so is each smaller one."
+        return f"{cheap}; of those not distinguishable from it the smallest is preferred, {self._told(chosen)}."
+
+    def _told(self, trial: TrialConfig) -> str:
+        over = self.over[trial.name]
+        interval = "" if over.low is None or over.high is None else f", {over.low:+.4f} to {over.high:+.4f}"
+        return f"{trial.name} ({over.value:+.4f} bits per byte{interval})"
 
 
 def size(trial: TrialConfig) -> tuple[int, int]:
@@ -119,62 +176,11 @@ def _corrected(over: Mapping[str, Estimate]) -> dict[str, float]:
     return dict(zip(tested, holm(list(tested.values())), strict=True))
 
 
-def _row(
-    trial: TrialConfig,
-    found: Measured,
-    documents: Sequence[Document],
-    over: Estimate | None,
-    p_holm: float | None,
-    domain: str,
-    max_forgetting: float,
-) -> dict[str, Any]:
+def _own_interval(documents: Sequence[Document], domain: str) -> dict[str, Any]:
     own = estimate([d for d in documents if d.domain == domain], METRIC)
-    row: dict[str, Any] = {"trial": trial.name, "validation_bits_per_byte": finite(found.bits_per_byte)}
-    row |= {"low": own.low if own else None, "high": own.high if own else None}
-    row |= {"forgetting": finite(found.forgetting), "forgets_too_much": found.forgetting > max_forgetting}
-    row["over_best"] = finite(over.value) if over else 0.0
-    row |= {"over_best_low": over.low if over else None, "over_best_high": over.high if over else None}
-    return row | {"p_holm": p_holm}
+    return {"low": own.low, "high": own.high} if own else {}
 
 
 def finite(value: float) -> float | None:
     """Returns a number as JSON can hold it: None for what isn't finite."""
     return value if math.isfinite(value) else None
-
-
-def _reason(
-    best: TrialConfig,
-    chosen: TrialConfig,
-    cheapest: TrialConfig,
-    ended: Sequence[TrialConfig],
-    allowed: Sequence[TrialConfig],
-    corrected: Mapping[str, float],
-    over: Mapping[str, Estimate],
-    max_forgetting: float,
-) -> str:
-    """Says in words who is chosen and why."""
-    if not allowed:
-        least = f"all {len(ended)} trials forget more than {max_forgetting:g} bits per byte of general text"
-        return f"{chosen.name}: {least}; this one the least."
-    words = [f"{best.name} has the fewest bits per byte of {len(allowed)} trials that forget at most {max_forgetting:g}"]
-    if over and not corrected:
-        return f"{words[0]}; there are too few documents to say how sure that is."
-    if size(best) == size(cheapest):
-        words.append("none is smaller")
-    elif corrected.get(cheapest.name, 0.0) >= LEVEL and cheapest in allowed:
-        words.append(f"it is not distinguishable from the cheapest, {cheapest.name} ({_told(over[cheapest.name])})")
-    elif cheapest.name in over:
-        words.append(f"it is better than the cheapest, {cheapest.name} ({_told(over[cheapest.name])})")
-    if chosen is not best:
-        words.append(f"so the smaller is preferred: {chosen.name}" if chosen is cheapest else _smaller(chosen, over))
-    return "; ".join(words) + "."
-
-
-def _smaller(chosen: TrialConfig, over: Mapping[str, Estimate]) -> str:
-    return f"of those not distinguishable from it the smallest is preferred: {chosen.name} ({_told(over[chosen.name])})"
-
-
-def _told(difference: Estimate) -> str:
-    if difference.low is None or difference.high is None:
-        return f"{difference.value:+.4f} bits per byte"
-    return f"{difference.value:+.4f} bits per byte, {difference.low:+.4f} to {difference.high:+.4f}"

@@ -128,13 +128,13 @@ def clock(seconds: float) -> str:
 
 
 def plan_table(plan: Plan, cached: Mapping[str, bool], moved: Mapping[str, list[str]]) -> Table:
-    """Lists each node of a plan: label, key, cached or to run, and what changed since last time."""
+    """Lists each node of a plan: label, key, cached or to run, the job it shares, and what changed since last time."""
     table = Table(title=f"Plan of {plan.experiment}: {plan.folder}", title_justify="left", box=None, pad_edge=False)
-    for column in ("node", "key", "state", "changed since last time"):
+    for column in ("node", "key", "state", "job", "changed since last time"):
         table.add_column(column, no_wrap=column != "changed since last time")
     for node in plan.nodes:
         state = Text("cached", style="green") if cached[node.name] else Text("to run", style="bold")
-        table.add_row(node.name, node.key, state, Text("; ".join(moved.get(node.name, []))))
+        table.add_row(node.name, node.key, state, Text(node.group), Text("; ".join(moved.get(node.name, []))))
     return table
 
 

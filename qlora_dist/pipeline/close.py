@@ -20,6 +20,7 @@ from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.publish import fetch_word, publish
 from qlora_dist.pipeline.run import circumstances
 from qlora_dist.pipeline.sealed import sealed_sets, warnings_of
+from qlora_dist.pipeline.swept import lane_curves, sweep_summary
 from qlora_dist.runtime import write_json
 
 SUMMARY = "summary.json"
@@ -48,6 +49,7 @@ def close_run(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
         "nodes": [_describe(plan, node, endings[node.name]) for node in plan.nodes],
         "scores": _scores(plan, endings),
         **_assessment(plan, endings),
+        "sweep": sweep_summary(_halved(plan, endings) | _folders(plan, endings, "winner")),
         "curves": _curves(plan, endings),
         "lengths": _lengths(plan, endings),
         "adapter": str(shipped) if shipped else None,
@@ -120,7 +122,7 @@ def _assessment(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
     """Compares each model with the base, and judges the merged one by the config's thresholds."""
     from qlora_dist.evaluate.gate import assess
 
-    folders = {node.label: plan.store.fetch(node.id) for node in _finished(plan, endings, "scores")}
+    folders = _folders(plan, endings, "scores")
     schema = OmegaConf.structured(EvaluateConfig)
     config = OmegaConf.to_object(OmegaConf.merge(schema, plan.config["evaluate"]))
     assert isinstance(config, EvaluateConfig)
@@ -135,7 +137,17 @@ def _curves(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, list[dict[st
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 curves[node.label] = [json.loads(line) for line in lines]
+    for label, folder in _halved(plan, endings).items():
+        curves |= lane_curves(label, folder)
     return curves
+
+
+def _halved(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Path]:
+    return _folders(plan, endings, "halved")
+
+
+def _folders(plan: Plan, endings: Mapping[str, Ending], stage: str) -> dict[str, Path]:
+    return {node.label: plan.store.fetch(node.id) for node in _finished(plan, endings, stage)}
 
 
 def _lengths(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:

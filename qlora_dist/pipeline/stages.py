@@ -63,7 +63,14 @@ STAGES: dict[str, Stage] = {
             loads_model=True,
             resumes=True,
         ),
-        Stage("validated", told.ScoresConfig, "qlora_dist.evaluate.scores:score_model", loads_model=True),
+        Stage(
+            "validated",
+            told.ScoresConfig,
+            "qlora_dist.evaluate.scores:score_model",
+            joint="qlora_dist.evaluate.scores:score_models",
+            loads_model=True,
+            resumes=True,
+        ),
         Stage("winner", told.WinnerConfig, "qlora_dist.pipeline.winner:choose_trial"),
         Stage(
             "halved",

@@ -88,7 +88,13 @@ class TrialPlanner:
         )
 
     def _adapter(self, shard: ShardInputs, trial: TrialConfig) -> Node:
-        config = adapter_config(self.config, trial)
+        config = told.AdapterConfig(
+            model=self.config.model,
+            lora=trial.lora,
+            train=trial.train,
+            strategy=self.config.strategy,
+            seed=trial.seed,
+        )
         row_tokens = trial.train.row_tokens
         inputs = {"base": shard.base, "tokenizer": shard.tokenizer, "rows": shard.rows(row_tokens)}
         inputs["validation"] = shard.held_out(shard.domain, row_tokens)
@@ -124,6 +130,8 @@ class TrialPlanner:
             lanes=self._width(),
             batch_tokens=self.config.evaluate.batch_tokens,
             experiment=self.config.name,
+            root=self.plan.root,
+            staging=self.plan.staging,
             tracking=self.config.tracking,
         )
         inputs = {"base": shard.base, "tokenizer": shard.tokenizer, "rows": shard.rows(row_tokens)}
@@ -210,10 +218,3 @@ def device_bytes(config: RunConfig) -> int:
             return min(sizes) << 20
     jobs = config.sweep.jobs or sum(domain.num_shards for domain in config.domain.values())
     return psutil.virtual_memory().total // min(jobs, os.cpu_count() or 1)
-
-
-def adapter_config(config: RunConfig, trial: TrialConfig) -> told.AdapterConfig:
-    """Returns what stage `adapter` is told for one trial: the same as for a run of that recipe alone."""
-    return told.AdapterConfig(
-        model=config.model, lora=trial.lora, train=trial.train, strategy=config.strategy, seed=trial.seed
-    )

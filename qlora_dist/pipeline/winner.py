@@ -49,7 +49,8 @@ def write_verdict(out: Path, domain: str, trials: list[TrialConfig], verdict: di
         {"trial": row["trial"], **{name: settings[row["trial"]][name] for name in columns}, **row}
         for row in verdict["trials"]
     ]
-    told = verdict | {"trials": rows, "domain": domain, "varied": varied, "tokens": sum(row["tokens"] for row in rows)}
+    told = verdict | {"trials": rows, "domain": domain, "varied": varied, "columns": columns}
+    told |= {"tokens": sum(row["tokens"] for row in rows)}
     write_json(out / SWEEP_FILE, told)
     return told
 

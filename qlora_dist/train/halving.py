@@ -70,6 +70,10 @@ class Halving:
         """Returns the rounds, one step of each running trial, until the first of them stops at its rung."""
         return min(self.steps[trial][rung] - self._at.get(trial, 0) for trial, rung in self.running.items())
 
+    def position(self, trial: int) -> int:
+        """Returns the step at which a trial stands, by the rounds that were counted."""
+        return self._at.get(trial, 0)
+
     def advance(self, rounds: int) -> list[tuple[int, int]]:
         """Counts rounds; returns each (trial, rung) that has arrived and now waits for `record`, by trial."""
         for trial, rung in self.running.items():

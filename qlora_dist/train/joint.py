@@ -103,7 +103,7 @@ def train_lanes(
         job = Job(group=recipe_digest(recipes), meeting=meeting)
         for label, training in trainings.items():
             if ends[label] is None:
-                job.courses[label] = _course(label, training, recipes[label], "" if solo else label)
+                job.courses[label] = course_of(label, training, recipes[label], "" if solo else label)
                 job.trainings[label] = training
         if job.courses:
             job.run()
@@ -133,7 +133,8 @@ def recipe_of(training: Training) -> dict[str, Any]:
     return {"config": identity(training.config), "base": training.base.digest, "rows": shape}
 
 
-def _course(label: str, training: Training, recipe: dict[str, Any], told_as: str) -> Course:
+def course_of(label: str, training: Training, recipe: dict[str, Any], told_as: str) -> Course:
+    """Returns the way of a training's lane, at its beginning."""
     config = training.config
     lane = Lane(label, config.lora, config.train, config.seed, training.rows, training.budget)
     return Course(lane, training.out, recipe, training.held_out, told_as, certificate=Certificate(told_as))
@@ -148,7 +149,7 @@ class Job:
     courses: dict[str, Course] = field(default_factory=dict)
     trainings: dict[str, Training] = field(default_factory=dict)
     made: dict[str, Facts | QloraDistError] = field(default_factory=dict)
-    _engine: Engine | None = None
+    engine: Engine | None = None
     _started: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
@@ -156,7 +157,7 @@ class Job:
         first, courses = next(iter(self.trainings.values())), list(self.courses.values())
         config = first.config
         strategy = choose_strategy(config, first.base)
-        self._engine = engine = Engine.build(config.model, first.base, [c.lane for c in courses], strategy)
+        self.engine = engine = Engine.build(config.model, first.base, [c.lane for c in courses], strategy)
         engine.examine(courses)
         train = config.train
         with ExitStack() as stack:
@@ -169,9 +170,9 @@ class Job:
         """Returns the meeting, where there is one, in the loop's words."""
         if self.meeting is None:
             return None
-        assert self._engine is not None
+        assert self.engine is not None
         ((label, training),) = self.trainings.items()
-        exchange = Exchange(self.meeting, training, self._engine.stepper, self.courses[label].lane)
+        exchange = Exchange(self.meeting, training, self.engine.stepper, self.courses[label].lane)
 
         def meet(courses: Sequence[Course], is_first: bool) -> bool:
             found = exchange(courses[0].step, is_first)
@@ -182,19 +183,24 @@ class Job:
 
     def end(self, ended: list[Course]) -> None:
         """Checks, measures and saves lanes that have taken their last step; notes why the others ended."""
-        assert self._engine is not None
-        self._engine.check_unchanged()
+        assert self.engine is not None
+        self.engine.check_unchanged()
         for course in ended:
             label = course.lane.name
             try:
-                self.made[label] = course.error or self._finish(label, course)
+                self.made[label] = course.error or self.finish(label, course)
             except TrainError as error:
                 self.made[label] = course.error = error
             if course.error is not None and rank() == 0:
                 write_end(course.folder, course.recipe, End(None, str(course.error)))
 
-    def _finish(self, label: str, course: Course) -> Facts:
-        engine, training = self._engine, self.trainings[label]
+    def finish(self, label: str, course: Course) -> Facts:
+        """Checks, measures and saves one lane that has taken its last step; returns its facts.
+
+        Raises:
+            TrainError: if a check of the certificate fails.
+        """
+        engine, training = self.engine, self.trainings[label]
         assert engine is not None
         engine.check_same(course)
         facts: Facts = {"resumed_after_step": course.first_step} | engine.facts()

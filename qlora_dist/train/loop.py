@@ -91,7 +91,7 @@ class Loop:
             self._pause(self.courses, is_first=True)
             self._end([c for c in self.courses if not c.is_running])
             while running := {k: c for k, c in enumerate(self.courses) if c.is_running}:
-                self._take_round(running, progress)
+                self.take_round(running, progress)
                 if all(c.is_running for c in running.values()):
                     self._keep(list(running.values()))
                 self._pause(list(running.values()))
@@ -99,7 +99,7 @@ class Loop:
                     self._keep(list(running.values()), must=True)  # together, before one of them counts as done
                     self._end(ended)
 
-    def _take_round(self, running: dict[int, Course], progress: Progress) -> None:
+    def take_round(self, running: dict[int, Course], progress: Progress) -> None:
         """Takes one step of every running lane, checks and logs it."""
         watches = {k: Watch(c.lane, c.step == 0) for k, c in running.items() if c.step < c.first_step + 2}
         with naming_who_is_missing(self.round):
