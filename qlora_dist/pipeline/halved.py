@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_dist.config.stages import AdapterConfig, HalvedConfig
 from qlora_dist.config.sweep import TrialConfig
 from qlora_dist.errors import DataError
-from qlora_dist.pipeline.run import tracked
 from qlora_dist.pipeline.rungs import Rung, Shelf
 from qlora_dist.pipeline.swept import CURVES
+from qlora_dist.pipeline.tracked import tracked
 from qlora_dist.pipeline.winner import keep_adapter, write_verdict
 from qlora_dist.runtime import Facts, log, log_metrics, quiet_libraries
 from qlora_dist.train.course import METRICS_FILE

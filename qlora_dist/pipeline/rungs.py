@@ -21,6 +21,7 @@ from qlora_dist.config.stages import AdapterConfig, HalvedConfig, RungConfig
 from qlora_dist.config.sweep import TrialConfig
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.run import circumstances, manifest_of
+from qlora_dist.pipeline.tracked import say_made
 from qlora_dist.runtime import Facts
 from qlora_dist.train.course import METRICS_FILE
 
@@ -53,9 +54,15 @@ class Shelf:
 
     def __post_init__(self) -> None:
         told = self.config
-        config = {"tracking": everything(told.tracking)}
-        self.plan = Plan(experiment=told.experiment, root=told.root, staging=told.staging, command="", config=config)
         self._inputs = {name: _node_of(folder) for name, folder in self.inputs.items()}
+        self.plan = Plan(
+            experiment=told.experiment,
+            root=told.root,
+            staging=told.staging,
+            command="",
+            config={"tracking": everything(told.tracking)},
+            nodes=list(self._inputs.values()),
+        )
 
     def adapter(self, trial: TrialConfig) -> Node:
         """Returns the node of a trial's whole training: the same as in a grid, or in a run of that recipe alone."""
@@ -109,6 +116,7 @@ class Shelf:
             ignored = shutil.ignore_patterns(".*", "checkpoints")
             shutil.copytree(race.job.courses[trial.name].folder, out, ignore=ignored, dirs_exist_ok=True)
             self.plan.store.commit(manifest_of(self.plan, node, facts, facts["seconds"]))
+        say_made(self.plan, node, facts, trial.name)
 
     def restore(self, trial: TrialConfig, steps: int, race: Race) -> None:
         """Puts a trial where it stood at a rung, unless it is there, or further, already."""

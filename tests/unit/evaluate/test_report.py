@@ -191,8 +191,8 @@ def test_trials_of_a_sweep_are_a_table_and_a_map_of_rank_by_alpha_with_the_best_
 ) -> None:
     summary["sweep"] = {"trials": trials()}
     (section,) = [s for s in report_sections(view(summary)) if s.title == "Sweep"]
-    (table,), ((name, figure),) = section.tables, section.figures
-    assert name == "sweep-rank-alpha"
+    (table, mapped), ((name, figure),) = section.tables, section.figures
+    assert name == mapped.of == "sweep-rank-alpha"
     assert table.columns == ["trial", "lora_rank", "lora_alpha", "learning_rate", "validation_loss"]
     assert len(table.rows) == 5
     (cells,) = figure["data"]
