@@ -72,13 +72,13 @@ class Host:
     def beating(self, folder: Path, me: dict[str, Any]) -> Iterator[None]:
         """Keeps the owner's heart beating inside the `with` block."""
         stop = threading.Event()
-        beat = threading.Thread(target=_beat, args=(folder, me, stop), daemon=True)
-        beat.start()
+        thread = threading.Thread(target=_keep_beating, args=(folder, me, stop), daemon=True)
+        thread.start()
         try:
             yield
         finally:
             stop.set()
-            beat.join()
+            thread.join()
 
 
 HOST = Host()
@@ -140,15 +140,22 @@ def _read(folder: Path) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _beat(folder: Path, me: dict[str, Any], stop: threading.Event) -> None:
-    """Touches the owner's file; a process that was away for so long that another took over ends at once."""
+def beat(folder: Path, me: dict[str, Any]) -> bool:
+    """Touches the owner's file; answers False if another process has taken the folder over."""
+    owner = _read(folder)
+    if not _is_of(owner, me):
+        return not owner
+    with contextlib.suppress(OSError):  # renamed on commit a moment ago
+        HOST.touch(folder / OWNER)
+    return True
+
+
+def _keep_beating(folder: Path, me: dict[str, Any], stop: threading.Event) -> None:
+    """Beats; a process that was away for so long that another took over ends at once."""
     while not stop.wait(BEAT_S):
-        owner = _read(folder)
-        if _is_of(owner, me):
-            with contextlib.suppress(OSError):  # renamed on commit a moment ago
-                os.utime(folder / OWNER)
-        elif owner and not stop.is_set():
-            print(f"error: {folder} was taken over by {describe(owner)}: this process was silent too long", flush=True)
+        if not beat(folder, me) and not stop.is_set():
+            owner = describe(_read(folder))
+            print(f"error: {folder} was taken over by {owner}: this process was silent for too long", flush=True)
             os._exit(Preempted.exit_code)
 
 

@@ -34,7 +34,6 @@ class RayConfig:
     processes_per_node: int = execution(0, at_least=0)
     wait_s: float = execution(60.0, at_least=0)
     give_up_s: float = execution(3600.0, above=0)
-    max_losses: int = execution(10, at_least=0)
     resources: dict[str, dict[str, float]] = execution(dict)
     runtime_env: dict[str, Any] = execution(dict)
 

@@ -27,7 +27,7 @@ def opened(plan: Plan, config: LauncherConfig) -> Iterator[tuple[Launcher, Machi
         from qlora_dist.launch.ray_runtime import connected
 
         with connected(config.ray) as runtime:
-            yield RayLauncher(config.ray, runtime, config.max_parallel), runtime.machine()
+            yield RayLauncher(config, runtime), runtime.machine()
         return
     from qlora_dist.launch.local import LocalLauncher, this_machine
 

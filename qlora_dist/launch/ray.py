@@ -6,28 +6,26 @@ nothing. A job is a command line, never a pickle: what Ray moves is where it run
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qlora_dist.config.launch import RayConfig
+from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.errors import LaunchError, Preempted
 from qlora_dist.launch.base import Job, State
+from qlora_dist.launch.lives import Lives
+from qlora_dist.launch.local import TIMED_OUT, timed_out
 from qlora_dist.launch.sizing import Resources, Sizing
 from qlora_dist.runtime import ELASTIC_VARIABLE
 
-AGAIN = {Preempted.exit_code, -signal.SIGTERM, 128 + signal.SIGTERM}
-"""Exit codes of a job that was asked to stop by others than this launcher: a node that is taken away."""
-MOST_LIVES = 100
-"""How often a job that stops with a checkpoint is run again."""
+KILLED = -signal.SIGKILL
 SETTLE_S = 60.0
 """How long a job's other nodes are waited for after one failed: the first to fall may have lost another."""
 GRACE_S = 30.0
 """How long a job may take to end once it was asked to, before it is killed."""
-BACK_OFF_S = (2.0, 5.0, 15.0, 60.0)
-"""The waits before a job that lost a node is run again: the first time, the second …"""
 
 
 class LostError(Exception):
@@ -95,6 +93,7 @@ class Attempt:
     shares: list[int]
     """The processes of each of its nodes."""
     since: float
+    started_at: float = 0.0
     group: Any = None
     workers: list[Any] = field(default_factory=list)
     codes: dict[int, int] = field(default_factory=dict)
@@ -102,12 +101,21 @@ class Attempt:
     stopped_at: float = 0.0
     ended_at: float = 0.0
     grows: bool = False
+    is_overdue: bool = False
     larger_since: float = 0.0
 
     @property
     def size(self) -> int:
         """The number of its processes."""
         return sum(self.shares)
+
+    @property
+    def code(self) -> int:
+        """The exit code of all its nodes together: what was asked for first, then an error, then a kill."""
+        codes = {self.codes.get(number, KILLED) for number in range(len(self.workers))}
+        if Preempted.exit_code in codes:
+            return Preempted.exit_code
+        return max(codes) if max(codes) > 0 else min(codes)
 
     @property
     def is_running(self) -> bool:
@@ -120,15 +128,13 @@ class RayLauncher:
 
     outlives = False
 
-    def __init__(self, config: RayConfig, runtime: Runtime, max_parallel: int = 0) -> None:
-        self._config, self._runtime, self._max_parallel = config, runtime, max_parallel or 10**6
-        self._sizing = Sizing(config)
+    def __init__(self, config: LauncherConfig, runtime: Runtime) -> None:
+        self._config, self._runtime, self._max_parallel = config.ray, runtime, config.max_parallel or 10**6
+        self._sizing, self._timeouts = Sizing(config.ray), config.timeout_s
         self._jobs: dict[str, Job] = {}
         self._states: dict[str, State] = {}
         self._attempts: dict[str, Attempt] = {}
-        self._lives: dict[str, int] = {}
-        self._losses: dict[str, int] = {}
-        self._not_before: dict[str, float] = {}
+        self._lives = Lives(config, runtime.now)
         self._silent_since = 0.0
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -187,8 +193,7 @@ class RayLauncher:
             self._begin(name, job)
 
     def _may_begin(self, name: str) -> bool:
-        rested = self._runtime.now() >= self._not_before.get(name, 0.0)
-        return rested and len(self._attempts) < self._max_parallel
+        return self._lives.is_rested(name) and len(self._attempts) < self._max_parallel
 
     def _begin(self, name: str, job: Job) -> None:
         for word in job.words:
@@ -196,7 +201,8 @@ class RayLauncher:
         if self._sizing.is_light(job):
             command = Command(argv=argv_of(job), environment=job.environment, job=job)
             worker = self._runtime.run_task(name, self._sizing.needs(job, 1), command)
-            self._attempts[name] = Attempt(shares=[1], since=self._runtime.now(), workers=[worker])
+            now = self._runtime.now()
+            self._attempts[name] = Attempt(shares=[1], since=now, started_at=now, workers=[worker])
             self._states[name] = State.running
         else:
             self._reserve(name, job, self._sizing.sizes(job)[0])
@@ -213,12 +219,12 @@ class RayLauncher:
             placed = self._runtime.place(attempt.group)
         except LostError as error:
             self._release(name)
-            self._again_after_loss(name, str(error))
+            self._after_loss(name, str(error))
             return
         if placed is None:
             self._wait_or_shrink(name, job, attempt)
             return
-        attempt.workers = [worker for worker, _, _ in placed]
+        attempt.workers, attempt.started_at = [worker for worker, _, _ in placed], self._runtime.now()
         elastic = {ELASTIC_VARIABLE: "1"} if attempt.size != job.processes else {}
         for number, worker in enumerate(attempt.workers):
             argv = argv_of(job, attempt.shares, number, master=placed[0][1:])
@@ -247,9 +253,12 @@ class RayLauncher:
         if self._has_ended(attempt):
             self._release(name)
             self._conclude(name, attempt)
-        elif not attempt.stopped_at and self._could_grow(self._jobs[name], attempt):
-            attempt.grows = True
-            self._stop(attempt)
+        elif not attempt.stopped_at:
+            job = self._jobs[name]
+            attempt.is_overdue = self._runtime.now() - attempt.started_at > self._timeouts.get(job.stage, math.inf)
+            attempt.grows = not attempt.is_overdue and self._could_grow(job, attempt)
+            if attempt.is_overdue or attempt.grows:
+                self._stop(attempt)
 
     def _has_ended(self, attempt: Attempt) -> bool:
         """Collects what ended; says that all did, or that the rest need not be waited for any longer."""
@@ -260,7 +269,7 @@ class RayLauncher:
             try:
                 code = self._runtime.ended(worker)
             except LostError as error:
-                attempt.lost, code = str(error), -9
+                attempt.lost, code = str(error), KILLED
             if code is not None:
                 attempt.codes[rank] = code
         if len(attempt.codes) == len(attempt.workers):
@@ -272,25 +281,21 @@ class RayLauncher:
         return bool(attempt.stopped_at) and now - attempt.stopped_at > GRACE_S
 
     def _conclude(self, name: str, attempt: Attempt) -> None:
-        codes = set(attempt.codes.values())
-        if codes == {0} and len(attempt.codes) == len(attempt.workers):
-            self._states[name] = State.done
-        elif attempt.lost:
-            self._again_after_loss(name, attempt.lost)
-        elif attempt.grows or codes & AGAIN:
-            self._lives[name] = self._lives.get(name, 0) + 1
-            self._states[name] = State.waiting if self._lives[name] < MOST_LIVES else State.failed
+        job, code = self._jobs[name], attempt.code
+        if attempt.grows and code:
+            self._states[name] = State.waiting
+        elif attempt.lost and code:
+            self._after_loss(name, attempt.lost)
         else:
-            self._states[name] = State.failed
+            self._states[name] = self._lives.after(job, (code or TIMED_OUT) if attempt.is_overdue else code)
+            if attempt.is_overdue and self._states[name] is State.failed:
+                job.leave_word(timed_out(job, self._timeouts[job.stage]), LaunchError.exit_code)
 
-    def _again_after_loss(self, name: str, why: str) -> None:
-        losses = self._losses[name] = self._losses.get(name, 0) + 1
-        if losses > self._config.max_losses:
+    def _after_loss(self, name: str, why: str) -> None:
+        self._states[name] = self._lives.after_loss(name)
+        if self._states[name] is State.failed:
             repair = "Look at the cluster; the same command goes on from the last checkpoint."
-            self._fail(name, f"{name} lost a node {losses} times, the last time: {why}. {repair}")
-            return
-        self._states[name] = State.waiting
-        self._not_before[name] = self._runtime.now() + BACK_OFF_S[min(losses, len(BACK_OFF_S)) - 1]
+            self._fail(name, f"{name} lost its node again: {why}. {repair}")
 
     def _fail(self, name: str, message: str) -> None:
         self._states[name] = State.failed

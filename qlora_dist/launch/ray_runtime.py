@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qlora_dist.config.launch import RayConfig
@@ -185,13 +186,19 @@ class RayRuntime:
         if not ready:
             return None
         try:
-            return int(_got(worker.answer))
+            code, words = _got(worker.answer)
         except ray.exceptions.TaskCancelledError:
             return 130
         except ray.exceptions.RayTaskError as error:  # the command could not be started there
             assert worker.command is not None
             worker.command.job.leave_word(f"It could not be started: {error.cause}. See that root is shared.", 1)
             return 1
+        for word, said in words.items():  # where the root is not shared, this machine hasn't got them
+            path = Path(word)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.write_bytes(said)
+        return int(code)
 
     def stop(self, worker: Work) -> None:
         """Asks a worker's command to end."""

@@ -34,8 +34,8 @@ class Worker:
             probe.bind((address, 0))
             return address, int(probe.getsockname()[1])
 
-    def run(self, command: Command) -> int:
-        """Runs a command to its end and returns its exit code, by what its nodes left word of.
+    def run(self, command: Command) -> tuple[int, dict[str, bytes]]:
+        """Runs a command to its end; returns its exit code and what its nodes left word of here.
 
         The command's Python is this node's own. It ends itself, with a checkpoint, when this worker is gone.
         """
@@ -62,7 +62,7 @@ class Worker:
                 self._process.wait(GRACE_S)
             self.end()
             code = self._process.wait()
-        return command.job.exit_code(code)
+        return code, {str(word): word.read_bytes() for word in command.job.words if word.exists()}
 
     def stop(self) -> None:
         """Asks the command to end."""
@@ -80,6 +80,6 @@ class Worker:
                 os.killpg(self._process.pid, number)
 
 
-def run_alone(command: Command) -> int:
+def run_alone(command: Command) -> tuple[int, dict[str, bytes]]:
     """Runs a command as a task: see `Worker.run`."""
     return Worker().run(command)

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from qlora_dist.errors import Preempted, QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
-from qlora_dist.pipeline.run import begin, leave_word, manifest_of, ownership, reporting, run_and_report
+from qlora_dist.pipeline.run import begin, leave_word, manifest_of, ownership, reporting, run_and_report, sees_inputs
 from qlora_dist.pipeline.stages import STAGES
 from qlora_dist.pipeline.tracked import say_made, tracked
 from qlora_dist.runtime import Facts, log, rank
@@ -48,7 +48,7 @@ def _batches(nodes: Sequence[Node]) -> Iterator[list[Node]]:
 
 
 def _is_ready(plan: Plan, node: Node) -> bool:
-    if plan.has_inputs(node):
+    if sees_inputs(plan, node):
         return True
     print(f"skipped: {node.name}: not all that it reads is finished", file=sys.stderr)
     return False

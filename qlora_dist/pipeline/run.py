@@ -27,6 +27,10 @@ from qlora_dist.pipeline.stages import STAGES
 from qlora_dist.pipeline.tracked import say_made, tracked
 from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, rank, world_size, write_json
 
+SEEN_S = 60.0
+LAUNCHED = ("QLORA_DIST_LAUNCHER", "SLURM_JOB_ID")
+"""Variables that say that a launcher started this process."""
+
 
 def run_node(plan: Plan, node: Node) -> None:
     """Makes a node's artifact, unless it is finished or another process finishes it meanwhile.
@@ -41,6 +45,7 @@ def run_node(plan: Plan, node: Node) -> None:
             return
         out = begin(plan, node)
         started = time.monotonic()
+        sees_inputs(plan, node)
         try:
             with tracked(plan, node):
                 facts = STAGES[node.stage].load()(node.told(), plan.store.inputs(node.inputs), out)
@@ -62,6 +67,26 @@ def begin(plan: Plan, node: Node) -> Path:
         note_reading(plan, node)
     os.environ[PROGRESS_VARIABLE] = str(progress)
     return out
+
+
+def sees_inputs(plan: Plan, node: Node) -> bool:
+    """Says that all that a node reads is finished.
+
+    What another machine finished a moment ago may not be seen here yet (shared file systems remember for up to a
+    minute that a folder was absent), so one that a launcher started waits for that long, unless it is hopeless.
+    """
+    end = time.monotonic() + (SEEN_S if any(os.environ.get(name) for name in LAUNCHED) else 0.0)
+    while not plan.has_inputs(node):
+        if time.monotonic() >= end or _is_hopeless(plan, node):
+            return False
+        time.sleep(1.0)
+    return True
+
+
+def _is_hopeless(plan: Plan, node: Node) -> bool:
+    """Says that something that a node needs has failed."""
+    absent = [plan.node(artifact_id) for artifact_id in node.inputs.values() if not plan.store.has(artifact_id)]
+    return any(plan.failure_path(other).exists() or _is_hopeless(plan, other) for other in absent)
 
 
 @contextmanager
