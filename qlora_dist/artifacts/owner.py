@@ -100,12 +100,12 @@ def owned(folder: Path, job: str) -> Iterator[None]:
             raise OwnedError(owner)
         write_json(folder / OWNER, me)
         HOST.touch(folder / OWNER)
-    with HOST.beating(folder, me):
-        try:
+    try:
+        with HOST.beating(folder, me):
             yield
-        finally:
-            if _is_of(_read(folder), me):  # else it was renamed on commit, or taken over
-                (folder / OWNER).unlink(missing_ok=True)
+    finally:
+        if _is_of(_read(folder), me):  # else it was renamed on commit, or taken over
+            (folder / OWNER).unlink(missing_ok=True)
 
 
 def living_owner(folder: Path) -> dict[str, Any] | None:
@@ -117,15 +117,10 @@ def living_owner(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def require_mine(folder: Path) -> None:
-    """Passes if this process owns a folder, or nobody does.
-
-    Raises:
-        OwnedError: if another process has taken it over, having thought this one dead.
-    """
+def lost_to(folder: Path) -> dict[str, Any] | None:
+    """Returns who took over a folder that this process owned, as far as is known; None if it still does."""
     owner = _read(folder)
-    if "pid" in owner and not _is_of(owner, HOST.myself()):
-        raise OwnedError(owner)
+    return None if _is_of(owner, HOST.myself()) else owner or {"job": "gone again"}
 
 
 def _is_of(owner: dict[str, Any], me: dict[str, Any]) -> bool:
@@ -141,10 +136,9 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def beat(folder: Path, me: dict[str, Any]) -> bool:
-    """Touches the owner's file; answers False if another process has taken the folder over."""
-    owner = _read(folder)
-    if not _is_of(owner, me):
-        return not owner
+    """Touches the owner's file; answers False if another process has taken the folder over, or did and has gone."""
+    if not _is_of(_read(folder), me):
+        return not folder.exists()  # renamed on commit
     with contextlib.suppress(OSError):  # renamed on commit a moment ago
         HOST.touch(folder / OWNER)
     return True

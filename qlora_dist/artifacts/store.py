@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.artifacts.fingerprint import file_digest
-from qlora_dist.artifacts.owner import living_owner, owned, require_mine
+from qlora_dist.artifacts.owner import living_owner, lost_to, owned
 from qlora_dist.errors import ArtifactError
 from qlora_dist.runtime import write_json
 
@@ -68,6 +69,10 @@ class Store:
     def living_owner(self, artifact_id: str) -> dict[str, Any] | None:
         """Returns who makes an artifact now, None if nobody does."""
         return living_owner(self.partial(artifact_id))
+
+    def lost_to(self, artifact_id: str) -> dict[str, Any] | None:
+        """Returns who owns now what this process owned; None if it still does."""
+        return lost_to(self.partial(artifact_id))
 
     def has(self, artifact_id: str) -> bool:
         """Says whether a finished artifact is there, by one look, without a check."""
@@ -133,19 +138,15 @@ class Store:
         """Finishes what lies in the `.partial` folder: digests, manifest last, one rename.
 
         The folder's hidden files (owner, locks) are left out. Returns the finished folder.
-
-        Raises:
-            OwnedError: if another process has taken the folder over from this one, which it thought dead.
         """
         partial, final = self.partial(manifest.id), self.folder(manifest.id)
-        require_mine(partial)
         manifest.files = _describe_files(partial)
         write_json(partial / MANIFEST, dataclasses.asdict(manifest))
         _sync(partial)
         try:
             partial.rename(final)
-        except OSError:
-            if not self.is_finished(manifest.id):
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             shutil.rmtree(partial, ignore_errors=True)  # the same recipe, finished elsewhere meanwhile
         for hidden in final.glob(".*"):

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from qlora_dist.errors import Preempted, QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
-from qlora_dist.pipeline.run import begin, leave_word, manifest_of, ownership, reporting, run_and_report, sees_inputs
+from qlora_dist.pipeline.run import begin, finish, leave_word, ownership, reporting, run_and_report, sees_inputs
 from qlora_dist.pipeline.stages import STAGES
 from qlora_dist.pipeline.tracked import say_made, tracked
 from qlora_dist.runtime import Facts, log, rank
@@ -96,6 +96,6 @@ def _end(plan: Plan, node: Node, made: Facts | QloraDistError, seconds: float) -
         leave_word(plan, node, str(made), made.exit_code)
         return made.exit_code
     if rank() == 0:
-        plan.store.commit(manifest_of(plan, node, made, seconds))
+        finish(plan, node, made, seconds)
         say_made(plan, node, made, lane=node.label)
     return 0

@@ -48,12 +48,30 @@ def run_node(plan: Plan, node: Node) -> None:
         sees_inputs(plan, node)
         try:
             with tracked(plan, node):
-                facts = STAGES[node.stage].load()(node.told(), plan.store.inputs(node.inputs), out)
+                with still_mine(plan, node):
+                    facts = STAGES[node.stage].load()(node.told(), plan.store.inputs(node.inputs), out)
+                    if rank() == 0:
+                        finish(plan, node, facts, time.monotonic() - started)
                 if rank() == 0:
-                    store.commit(manifest_of(plan, node, facts, time.monotonic() - started))
                     say_made(plan, node, facts)
         except OSError as error:
             raise disk_error(error, out) or error from error
+
+
+@contextmanager
+def still_mine(plan: Plan, node: Node) -> Iterator[None]:
+    """Turns whatever goes wrong inside the `with` block, once another process has taken the node over, into that.
+
+    Raises:
+        OwnedError: if this process was silent for so long that another took over: its files were moved away.
+    """
+    try:
+        yield
+    except Exception as error:
+        owner = plan.store.lost_to(node.id) if rank() == 0 and not isinstance(error, OwnedError) else None
+        if owner is None:
+            raise
+        raise OwnedError(owner) from error
 
 
 def begin(plan: Plan, node: Node) -> Path:
@@ -121,6 +139,17 @@ def _torchrun() -> str:
     """Names the launch this process belongs to, so that its ranks know their own rank 0's mark."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     return f" ({':'.join(os.environ.get(name, '') for name in names)})" if world_size() > 1 else ""
+
+
+def finish(plan: Plan, node: Node, facts: Facts, seconds: float) -> None:
+    """Commits what a node made.
+
+    Raises:
+        OwnedError: if another process has taken the node over meanwhile.
+    """
+    if owner := plan.store.lost_to(node.id):
+        raise OwnedError(owner)
+    plan.store.commit(manifest_of(plan, node, facts, seconds))
 
 
 def manifest_of(plan: Plan, node: Node, facts: Facts, seconds: float) -> Manifest:

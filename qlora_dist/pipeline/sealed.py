@@ -90,7 +90,7 @@ def _sets(plan: Plan, node: Node) -> dict[str, str]:
 
 
 def _folder(plan: Plan, sealed: str) -> Path:
-    return Path(plan.root) / SEALED / sealed.replace("/", "-")
+    return plan.staged_root / SEALED / sealed.replace("/", "-")
 
 
 def _others(plan: Plan, sealed: str) -> list[dict[str, Any]]:

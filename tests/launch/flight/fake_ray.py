@@ -132,7 +132,7 @@ class FakeRay:
     def double(self, bundle: Bundle) -> None:
         """Starts a command a second time, on another node."""
         assert bundle.command is not None
-        host = self.world.chance.choice(self.all_nodes)
+        host = self.world.chance.choice([n for n in self.all_nodes if n is not bundle.node] or self.all_nodes)
         self.world.say(f"{bundle.command.job.name} is started twice, again on {host.name}")
         process = self.world.start(host.name, self._body(bundle.command, host.name), lambda code: None)
         host.processes.append(process)

@@ -102,6 +102,10 @@ def _drawn(world: World, ray: FakeRay) -> Callable[[], None]:
         bundle.process.paused_until = world.now + chance.uniform(5, 200)
         world.say(f"process {bundle.process.pid} on {bundle.process.host} stands still")
 
+    def pause_twin(bundle: Bundle) -> None:
+        pause(bundle)
+        ray.double(bundle)
+
     def silence() -> None:
         ray.silent_until = world.now + chance.uniform(1, 200)
         world.say(f"Ray does not answer until {ray.silent_until - 1_000_000:.0f}")
@@ -115,7 +119,7 @@ def _drawn(world: World, ray: FakeRay) -> Callable[[], None]:
         world.lag_s[host] = chance.uniform(1, 45)
         world.say(f"{host} sees what others finish {world.lag_s[host]:.0f} s late")
 
-    faults = [lose, lose, of_running(lambda b: ray.preempt(b.process)), of_running(ray.double), of_running(pause)]
+    faults = [lose, lose, of_running(lambda b: ray.preempt(b.process)), of_running(ray.double), of_running(pause_twin)]
     return chance.choice([*faults, of_running(ray.kill), silence, fill, slow])
 
 
@@ -138,6 +142,9 @@ def _run(world: World, plan: Plan, launcher: Launcher, flight: Flight) -> dict[s
 
 def _check(plan: Plan, flight: Flight, states: dict[str, State]) -> None:
     store = Store(Path(plan.root) / "artifacts")
+    for word in plan.folder.glob("logs/*.failed.json"):
+        if "fault of the program" in (said := json.loads(word.read_text())["message"]):
+            flight.wrong.append(said)
     for folder in store.root.glob("*/*"):
         if folder.suffix == ".partial" or folder.name.startswith("."):
             continue

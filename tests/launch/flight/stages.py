@@ -89,14 +89,20 @@ def _bound(world: World, work: Any) -> StageFunction:
 
 
 def _records(world: World, config: Told, inputs: Mapping[str, Path], out: Path) -> Facts:
+    assert world.current is not None
     world.sleep(world.chance.uniform(1, 20))
-    world.write(out / "first.txt", "\n".join(str(i) for i in range(NUM_RECORDS // 2)))
-    world.sleep(world.chance.uniform(1, 10))
-    world.write(out / "second.txt", "\n".join(str(i) for i in range(NUM_RECORDS // 2, NUM_RECORDS)))
+    half = NUM_RECORDS // 2
+    for name, part in (("first", range(half)), ("second", range(half, NUM_RECORDS))):
+        world.write(out / f"{name}.txt", "\n".join(map(str, part)))
+        world.write(out / f"{name}.life", str(world.current.pid))
+        world.sleep(world.chance.uniform(1, 30))
     return {}
 
 
 def _shards(world: World, config: Told, inputs: Mapping[str, Path], out: Path) -> Facts:
+    lives = {(inputs["records"] / f"{half}.life").read_text() for half in ("first", "second")}
+    if len(lives) > 1:
+        raise AssertionError("two lives wrote one artifact")
     records = [line for half in ("first", "second") for line in (inputs["records"] / f"{half}.txt").read_text().split()]
     for number in range(config["num_shards"]):
         world.sleep(world.chance.uniform(0, 2))
