@@ -6,11 +6,29 @@ Shape letters: I inputs and O outputs of the layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
+
+from qlora_dist.runtime import device
+
+
+@lru_cache
+def product_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Returns the dtype in which matrices are multiplied: float32 on CPUs that have no 16-bit units.
+
+    There, 16-bit products are 8 to 60 times slower than float32 ones (docs/log.md). Values keep the precision of the
+    compute dtype: 16-bit factors and a float32 sum, rounded to 16 bits, is what 16-bit units compute too.
+    """
+    mkldnn = torch.ops.mkldnn
+    if device_type == "cpu" and compute_dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    if device_type == "cpu" and compute_dtype == torch.float16 and not mkldnn._is_mkldnn_fp16_supported():
+        return torch.float32
+    return compute_dtype
 
 
 class FrozenLinear(nn.Module):
@@ -24,6 +42,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.layer = layer
         self.compute_dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
+        self.product_dtype = product_dtype(self.compute_dtype, device().type)
         self._dense_OI: torch.Tensor | None = None
 
     @property
@@ -38,45 +57,52 @@ class FrozenLinear(nn.Module):
 
     @property
     def dense_bytes(self) -> int:
-        """Returns the bytes of the whole weight in the compute dtype."""
-        return self.layer.in_features * self.layer.out_features * self.compute_dtype.itemsize
+        """Returns the bytes of the whole weight in the dtype of products."""
+        return self.layer.in_features * self.layer.out_features * self.product_dtype.itemsize
 
     def weight(self) -> torch.Tensor:
-        """Returns the weight in the compute dtype, dequantized if it is stored in 4 bits."""
+        """Returns the weight in the dtype of products, dequantized if it is stored in 4 bits."""
         if self._dense_OI is not None:
             return self._dense_OI
-        weight = self.layer.weight
-        if not self.is_4bit:
-            return weight
-        import bitsandbytes.functional as bnb
+        weight = self.layer.weight.data
+        if self.is_4bit:
+            import bitsandbytes.functional as bnb
 
-        dense_OI: torch.Tensor = bnb.dequantize_4bit(weight.data, self.quant_state)
-        return dense_OI.to(self.compute_dtype)
+            weight = bnb.dequantize_4bit(weight, self.quant_state).to(self.compute_dtype)
+        return weight.to(self.product_dtype)
 
     def keep_dense(self) -> None:
         """Keeps the dequantized weight from now on: faster, at `dense_bytes` of memory."""
         self._dense_OI = self.weight()
 
+    def product(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        """Returns x W^T + b in the dtype of products, outside of autograd."""
+        bias = self.layer.bias
+        return linear(
+            x_BTI.to(self.product_dtype), self.weight(), None if bias is None else bias.to(self.product_dtype)
+        )
+
+    def back_product(self, dy_BTO: torch.Tensor) -> torch.Tensor:
+        """Returns dy W in the dtype of products: the gradient of `product` to its input."""
+        return dy_BTO.to(self.product_dtype) @ self.weight()
+
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         """Returns x W^T + b."""
-        bias = self.layer.bias
-        if not self.is_4bit or self._dense_OI is not None:
-            return linear(x_BTI, self.weight(), bias)
-        y_BTO: torch.Tensor = _DequantizedProduct.apply(x_BTI, self)
-        return y_BTO if bias is None else y_BTO + bias
+        y_BTO: torch.Tensor = _FrozenProduct.apply(x_BTI, self)
+        return y_BTO
 
 
-class _DequantizedProduct(torch.autograd.Function):
-    """Forward x W^T, backward dy W, each with a weight dequantized on the spot and saved by neither."""
+class _FrozenProduct(torch.autograd.Function):
+    """Forward x W^T, backward dy W, each with a weight dequantized on the spot or kept, and saved by neither."""
 
     @staticmethod
     def forward(ctx: Any, x_BTI: torch.Tensor, frozen: FrozenLinear) -> torch.Tensor:
-        ctx.frozen = frozen
-        return linear(x_BTI, frozen.weight())
+        ctx.frozen, ctx.dtype = frozen, x_BTI.dtype
+        return frozen.product(x_BTI).to(x_BTI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] @ ctx.frozen.weight(), None
+        return ctx.frozen.back_product(grads[0]).to(ctx.dtype), None
 
 
 def frozen_linears(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:

@@ -101,21 +101,11 @@ class _UnusableError(Exception):
 
 
 def lane_state(lane: Lane) -> dict[str, torch.Tensor]:
-    """Returns what a checkpoint holds: each factor and its Adam moments (`<name>#<moment>`), as live tensors.
+    """Returns what a checkpoint holds: each factor, its Adam moments (`<name>#<moment>`), and `#step`, as live tensors.
 
     Moments of a lane that took no step yet are made here, as zeros.
     """
-    assert lane.optimizer is not None
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in lane.parameters.items():
-        moments = lane.optimizer.state[parameter]
-        if not moments:
-            moments["step"] = torch.tensor(0.0)
-            moments["exp_avg"] = torch.zeros_like(parameter)
-            moments["exp_avg_sq"] = torch.zeros_like(parameter)
-        tensors[name] = parameter.detach()
-        tensors |= {f"{name}#{moment}": moments[moment] for moment in ("step", "exp_avg", "exp_avg_sq")}
-    return tensors
+    return {name: parameter.detach() for name, parameter in lane.parameters.items()} | lane.optimizer_state()
 
 
 def restore(lane: Lane, tensors: dict[str, torch.Tensor]) -> None:

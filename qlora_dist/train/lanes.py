@@ -3,31 +3,38 @@
 A micro-batch holds rows of every lane, one lane's after another's. The base computes on all of them at once; each
 lane's factors touch its own rows only, so no lane can see or change another.
 
-Shape letters: K lanes, B rows, T slots, I inputs and O outputs of a layer, R lora_rank.
+Shape letters: K lanes, B rows, T slots, I inputs and O outputs of a layer, R lora_rank, P values of a lane.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from qlora_dist.config.train import LoraConfig, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.model.frozen import FrozenLinear
 from qlora_dist.model.lora import attach_lora
-from qlora_dist.runtime import device, set_seed
+from qlora_dist.runtime import set_seed
+from qlora_dist.train.bank import Bank, Group, Shape
 from qlora_dist.train.budget import Budget
+from qlora_dist.train.fused import Run, Site, lane_product
 
 PEFT_PREFIX = "base_model.model."
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One adapter in training: its recipe, its rows, its factors and its optimizer."""
+    """One adapter in training: its recipe, its rows, its factors and its optimizer.
+
+    `parameters` are views, by name, of `values_P`, the one vector that the optimizer steps.
+    """
 
     name: str
     lora: LoraConfig
@@ -38,6 +45,8 @@ class Lane:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     peft_config: Any = None
     optimizer: torch.optim.Optimizer | None = None
+    values_P: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.zeros(0)))
+    _group: Group | None = None
 
     def is_active(self, step: int) -> bool:
         """Says whether this lane still trains at `step`; lanes may have budgets of their own."""
@@ -47,103 +56,166 @@ class Lane:
         """Returns the factors under the names of PEFT's files."""
         return {f"{PEFT_PREFIX}{name}": value.detach() for name, value in self.parameters.items()}
 
+    def sit(self, group: Group, row: int) -> None:
+        """Takes its place in the bank: `row` of `group` holds its values and gradients from now on."""
+        self._group = group
+        self.values_P = nn.Parameter(group.values_GP.detach()[row])
+        self.values_P.grad = group.grads_GP[row]
+        grads = group.named_views(self.values_P.grad, self.lora.lora_rank)
+        for name, value in group.named_views(self.values_P.detach(), self.lora.lora_rank).items():
+            self.parameters[name] = nn.Parameter(value)
+            self.parameters[name].grad = grads[name]
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Makes this lane's AdamW; the learning rate is set anew at each step."""
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
+            [self.values_P],
             lr=self.train.learning_rate,
             betas=(self.train.adam_beta1, self.train.adam_beta2),
             weight_decay=self.train.weight_decay,
+            fused=True,
         )
         return self.optimizer
 
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Returns the optimizer's live state by name: `#step`, and `<parameter>#<moment>`; zeros before any step."""
+        assert self.optimizer is not None
+        assert self._group is not None
+        state = self.optimizer.state[self.values_P]
+        if not state:
+            state["step"] = torch.zeros((), device=self.values_P.device)
+            state |= {moment: torch.zeros_like(self.values_P, requires_grad=False) for moment in MOMENTS}
+        named = {"#step": state["step"]}
+        for moment in MOMENTS:
+            views = self._group.named_views(state[moment], self.lora.lora_rank)
+            named |= {f"{name}#{moment}": value for name, value in views.items()}
+        return named
 
-@dataclass(slots=True)
+
 class Seating:
-    """Which rows of the current micro-batch belong to which lane, and the seed of this micro-step's dropout."""
+    """Which rows of the current micro-batch belong to which lane, and the seeds of their dropout.
 
-    rows: dict[int, slice] = field(default_factory=dict)
-    dropout_seeds: dict[int, int] = field(default_factory=dict)
+    Attributes:
+        order: all lanes, those that a batched product takes together side by side: rows are best laid in this order.
+        row_seeds: by lane, one seed for each of its rows.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank, self.row_seeds = bank, dict[int, list[int]]()
+        self.order = sorted(bank.place, key=bank.place.__getitem__)
+        self.runs: list[Run] = []
+        self._rows: dict[int, slice] = {}
+
+    @property
+    def rows(self) -> dict[int, slice]:
+        """Says which rows are whose; set before a forward pass, with {} for the base alone."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: dict[int, slice]) -> None:
+        self._rows = rows
+        self.runs = [self._run(lanes) for lanes in _neighbours(rows, self.bank.place)]
+        self.bank.refresh()
+
+    def _run(self, lanes: list[int]) -> Run:
+        group, first = self.bank.group_of(lanes[0])
+        rows = slice(self._rows[lanes[0]].start, self._rows[lanes[-1]].stop)
+        return Run(rows, group.factors(first, first + len(lanes)))
+
+
+def _neighbours(rows: dict[int, slice], place: dict[int, tuple[int, int]]) -> list[list[int]]:
+    """Splits lanes, as their rows lie, into runs that are side by side in a group too, with equally many rows each."""
+
+    def key(numbered: tuple[int, int]) -> tuple[object, ...]:
+        index, lane = numbered
+        own, (group, row) = rows[lane], place[lane]
+        size = None if own.start is None else own.stop - own.start
+        return group, row - index, size, None if size is None else own.start - index * size
+
+    return [[lane for _, lane in run] for _, run in groupby(enumerate(rows), key)]
 
 
 class LaneLinear(nn.Module):
     """A frozen linear layer with the factors of every lane: y = x W^T + s B A x, each row by its own lane."""
 
-    def __init__(self, frozen: FrozenLinear, seating: Seating, index: int) -> None:
+    def __init__(self, frozen: FrozenLinear, seating: Seating, name: str, dropout: dict[int, float]) -> None:
         super().__init__()
-        self.frozen = frozen
-        self.A = nn.ParameterDict()
-        self.B = nn.ParameterDict()
-        self.scale: dict[int, float] = {}
-        self.dropout: dict[int, float] = {}
-        self._seating = seating
-        self._index = index
-
-    def add(self, lane: int, A_RI: torch.Tensor, B_OR: torch.Tensor, scale: float, dropout: float) -> None:
-        """Gives the layer one more lane's factors."""
-        self.A[str(lane)] = nn.Parameter(A_RI.detach().to(device(), torch.float32, copy=True))
-        self.B[str(lane)] = nn.Parameter(B_OR.detach().to(device(), torch.float32, copy=True))
-        self.scale[lane], self.dropout[lane] = scale, dropout
+        self.frozen, self.name, self.dropout = frozen, name, dropout
+        self._seating, self._salt = seating, crc32(name.encode())
+        self._anchor = torch.zeros((), requires_grad=True)
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         """Returns the base's output with each lane's update added to its own rows; with no lane seated, the base's."""
-        y_BTO: torch.Tensor = self.frozen(x_BTI)
-        seats = self._seating.rows
-        if not seats:
+        runs = self._seating.runs
+        seated = [(run.rows, run.factors[self.name]) for run in runs if self.name in run.factors]
+        if not seated:
+            y_BTO: torch.Tensor = self.frozen(x_BTI)
             return y_BTO
-        if len(seats) == 1:
-            ((lane, _),) = seats.items()
-            update = self.update(lane, x_BTI)
-            return y_BTO if update is None else y_BTO + update
-        parts = []
-        for lane, rows in seats.items():
-            update = self.update(lane, x_BTI[rows])
-            parts.append(y_BTO[rows] if update is None else y_BTO[rows] + update)
-        return torch.cat(parts)
+        return lane_product(x_BTI, self._drop(x_BTI), self._anchor, Site(self.frozen, seated))
 
-    def update(self, lane: int, x_BTI: torch.Tensor) -> torch.Tensor | None:
-        """Returns s B A x of one lane, or nothing where it doesn't adapt this layer."""
-        if lane not in self.scale:
+    def _drop(self, x_BTI: torch.Tensor) -> torch.Tensor | None:
+        """Drops inputs by masks that are a function of (seed, step, row, layer): a recomputation draws the same.
+
+        Returns nothing where nothing is dropped.
+        """
+        shares = {lane: self.dropout.get(lane, 0.0) for lane in self._seating.rows if self.training}
+        if not any(shares.values()):
             return None
-        A_RI, B_OR = self.A[str(lane)].to(x_BTI.dtype), self.B[str(lane)].to(x_BTI.dtype)
-        return linear(linear(self._drop(lane, x_BTI), A_RI), B_OR) * self.scale[lane]
-
-    def _drop(self, lane: int, x_BTI: torch.Tensor) -> torch.Tensor:
-        """Drops inputs by a mask that is a function of (seed, step, rows, layer): a recomputation draws the same."""
-        share = self.dropout[lane]
-        if not self.training or share == 0:
-            return x_BTI
+        keep_BTI = torch.ones_like(x_BTI, requires_grad=False)
         generator = torch.Generator(x_BTI.device)
-        generator.manual_seed(self._seating.dropout_seeds[lane] + self._index)
-        keep_BTI = torch.empty_like(x_BTI).bernoulli_(1 - share, generator=generator)
-        return x_BTI * keep_BTI / (1 - share)
+        for lane, share in shares.items():
+            if share:
+                for keep_TI, seed in zip(
+                    keep_BTI[self._seating.rows[lane]], self._seating.row_seeds[lane], strict=True
+                ):
+                    generator.manual_seed(seed ^ self._salt)
+                    keep_TI.bernoulli_(1 - share, generator=generator).div_(1 - share)
+        return x_BTI * keep_BTI
 
 
 def attach_lanes(model: nn.Module, lanes: list[Lane]) -> Seating:
     """Puts every lane's factors on the base, drawn by PEFT from the lane's own seed, and freezes all else.
 
+    The factors themselves live in `model.lanes`, a bank; each adapted layer multiplies by views of them.
+
     Returns:
         The seating that says, before each forward, whose rows are where.
     """
     model.requires_grad_(False)
-    seating = Seating()
-    layers: dict[str, LaneLinear] = {}
     drawn = [_draw_factors(model, lane) for lane in lanes]
     names = [n for n, _ in model.named_modules() if any(n in factors for factors in drawn)]
-    for index, name in enumerate(names):
-        layers[name] = LaneLinear(FrozenLinear(model.get_submodule(name)), seating, index)  # type: ignore[arg-type]
+    layers = {name: FrozenLinear(model.get_submodule(name)) for name in names}  # type: ignore[arg-type]
+    bank = _fill_bank(lanes, drawn, layers)
+    seating = Seating(bank)
+    for name, layer in layers.items():
+        dropout = {k: lane.lora.lora_dropout for k, lane in enumerate(lanes) if name in drawn[k]}
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[name])
-    for k, (lane, factors) in enumerate(zip(lanes, drawn, strict=True)):
-        for name in (n for n in names if n in factors):
-            A_RI, B_OR, scale = factors[name]
-            layers[name].add(k, A_RI, B_OR, scale, lane.lora.lora_dropout)
-            lane.parameters[f"{name}.lora_A.weight"] = layers[name].A[str(k)]
-            lane.parameters[f"{name}.lora_B.weight"] = layers[name].B[str(k)]
+        setattr(model.get_submodule(parent), child, LaneLinear(layer, seating, name, dropout))
+    model.lanes = bank
     return seating
 
 
-def _draw_factors(model: nn.Module, lane: Lane) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+Drawn = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
+"""A, B and scale of each layer that a lane adapts."""
+
+
+def _fill_bank(lanes: list[Lane], drawn: list[Drawn], layers: dict[str, FrozenLinear]) -> Bank:
+    """Makes the bank and copies the drawn factors into it."""
+    shapes = [
+        Shape(tuple((n, (f[n][0].shape[1], f[n][1].shape[0])) for n in layers if n in f), lane.lora.lora_rank)
+        for lane, f in zip(lanes, drawn, strict=True)
+    ]
+    scales = [next(iter(factors.values()))[2] for factors in drawn]
+    bank = Bank(shapes, scales, next(iter(layers.values())).product_dtype)
+    for k, (lane, factors) in enumerate(zip(lanes, drawn, strict=True)):
+        lane.sit(*bank.group_of(k))
+        for name, (A_RI, B_OR, _) in factors.items():
+            lane.parameters[f"{name}.lora_A.weight"].data.copy_(A_RI)
+            lane.parameters[f"{name}.lora_B.weight"].data.copy_(B_OR)
+    return bank
+
+
+def _draw_factors(model: nn.Module, lane: Lane) -> Drawn:
     """Has PEFT choose the layers and draw the factors, then takes its wrapping off again."""
     from peft.tuners.lora import LoraLayer
 

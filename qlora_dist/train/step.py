@@ -7,6 +7,7 @@ micro-steps, which every rank knows beforehand from the rows. So 1x8, 2x4 and 4x
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,34 +47,43 @@ class Stepper:
     def take(self, steps: Mapping[int, int], round: int = 0) -> dict[int, StepResult]:
         """Takes step `steps[k]` (0-based, each lane's own) of every lane k that it names; returns each one's result.
 
-        `round` is where this rank tells the others that it is.
+        A lane whose loss or gradient isn't finite stays as it was before the step: the result says so, and whoever
+        drives the steps ends it. The others don't notice. `round` is where this rank tells the others that it is.
         """
         self.step = round
         counts = {k: num_targets(self.lanes[k], step) for k, step in steps.items()}
         nll_K = self.accumulate(steps, counts)
         self.reduce(list(steps), nll_K)
-        return {k: update(self.lanes[k], step, float(nll_K[k]), counts[k]) for k, step in steps.items()}
+        norms = torch._foreach_norm([gradient(self.lanes[k]) for k in steps])
+        found = torch.stack([torch.stack(list(norms)).float(), nll_K[list(steps)]]).tolist()
+        results = {}
+        for (k, step), norm, nll in zip(steps.items(), *found, strict=True):
+            lane = self.lanes[k]
+            rate = lane.train.learning_rate * lane.budget.rate_share(step, lane.train.schedule)
+            results[k] = StepResult(nll / counts[k], norm, rate, counts[k])
+            if math.isfinite(nll) and math.isfinite(norm):
+                update(lane, rate, norm)
+        return results
 
     def accumulate(self, steps: Mapping[int, int], counts: Mapping[int, int]) -> torch.Tensor:
         """Adds up this rank's gradients over its micro-steps; returns each lane's summed loss on this rank."""
         nll_K = torch.zeros(len(self.lanes), device=self.strategy.device)
-        for lane in (self.lanes[k] for k in counts):
-            for parameter in lane.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-        num_micro = {k: self._num_micro_steps(k) for k in counts}
+        for k in counts:
+            gradient(self.lanes[k]).zero_()
+        num_micro = {k: self._num_micro_steps(k) for k in self.seating.order if k in counts}
         for micro in range(max(num_micro.values())):
-            nll_B = self.model(**self._seat(steps, micro, [k for k in counts if micro < num_micro[k]]))
-            sums = {k: nll_B[seats].sum() for k, seats in self.seating.rows.items()}
-            torch.stack([nll / counts[k] for k, nll in sums.items()]).sum().backward()
-            for k, nll in sums.items():
-                nll_K[k] += nll.detach()
+            nll_B = self.model(**self._seat(steps, micro, [k for k, number in num_micro.items() if micro < number]))
+            sizes = [seats.stop - seats.start for seats in self.seating.rows.values()]
+            lane_B = torch.tensor([k for k, size in zip(self.seating.rows, sizes, strict=True) for _ in range(size)])
+            share_B = torch.tensor([1 / counts[int(k)] for k in lane_B])
+            (nll_B * share_B.to(nll_B.device)).sum().backward()
+            nll_K.index_add_(0, lane_B.to(nll_K.device), nll_B.detach())
         return nll_K
 
     def reduce(self, active: list[int], nll_K: torch.Tensor) -> None:
         """Sums gradients, losses and the wish to stop over all ranks, in one message."""
-        parameters = (p for k in active for p in self.lanes[k].parameters.values())
         note_place(self.step, is_waiting=True)
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = [gradient(self.lanes[k]) for k in active]
         wish = torch.tensor([float(self.wants_stop)], device=self.strategy.device)
         self.strategy.sum_over_ranks([*grads, nll_K, wish])
         self.wants_stop = bool(wish.item() > 0)
@@ -84,33 +94,42 @@ class Stepper:
 
     def _seat(self, steps: Mapping[int, int], micro: int, active: list[int]) -> dict[str, torch.Tensor]:
         """Gathers the rows of one micro-step, lane after lane, and notes whose are where."""
-        batches, first = [], 0
-        self.seating.rows, self.seating.dropout_seeds = {}, {}
+        batches, seats, first = [], {}, 0
         for k in active:
-            rows = rows_of_rank(self.lanes[k], steps[k], micro, self.strategy)
-            batches.append(tensors(self.lanes[k].rows, rows))
-            self.seating.rows[k] = slice(first, first + len(rows))
-            self.seating.dropout_seeds[k] = dropout_seed(self.lanes[k].seed, steps[k], micro, self.strategy.rank)
+            lane = self.lanes[k]
+            start, rows = rows_of_rank(lane, steps[k], micro, self.strategy)
+            batches.append(tensors(lane.rows, rows))
+            seats[k] = slice(first, first + len(rows))
+            self.seating.row_seeds[k] = row_seeds(lane, steps[k], range(start, start + len(rows)))
             first += len(rows)
+        self.seating.rows = seats
         return {name: torch.cat([b[name] for b in batches]).to(self.strategy.device) for name in batches[0]}
 
 
-def update(lane: Lane, step: int, nll: float, count: int) -> StepResult:
+def gradient(lane: Lane) -> torch.Tensor:
+    """Returns the lane's whole gradient [P], live."""
+    assert lane.values_P.grad is not None
+    return lane.values_P.grad
+
+
+def update(lane: Lane, rate: float, norm: float) -> None:
     """Clips one lane's gradient and takes its optimizer step; every rank does the same on the same numbers."""
     assert lane.optimizer is not None
-    rate = lane.train.learning_rate * lane.budget.rate_share(step, lane.train.schedule)
+    if norm > lane.train.max_grad_norm:
+        gradient(lane).mul_(lane.train.max_grad_norm / (norm + 1e-6))
     for group in lane.optimizer.param_groups:
         group["lr"] = rate
-    norm = torch.nn.utils.clip_grad_norm_(lane.parameters.values(), lane.train.max_grad_norm)
     lane.optimizer.step()
-    return StepResult(loss=nll / count, grad_norm=float(norm), learning_rate=rate, num_targets=count)
 
 
-def rows_of_rank(lane: Lane, step: int, micro: int, strategy: Strategy) -> np.ndarray:
-    """Returns the rows of one rank in one micro-step: the step's rows dealt in order, micro-batch by micro-batch."""
+def rows_of_rank(lane: Lane, step: int, micro: int, strategy: Strategy) -> tuple[int, np.ndarray]:
+    """Returns the rows of one rank in one micro-step, and the place of the first one in the step.
+
+    The step's rows are dealt in order, micro-batch by micro-batch.
+    """
     batch_rows = lane.train.micro_batch_tokens // lane.train.row_tokens
     first = (micro * strategy.world_size + strategy.rank) * batch_rows
-    return lane.budget.rows_of_step(step)[first : first + batch_rows]
+    return first, lane.budget.rows_of_step(step)[first : first + batch_rows]
 
 
 def num_targets(lane: Lane, step: int) -> int:
@@ -126,7 +145,9 @@ def num_targets(lane: Lane, step: int) -> int:
     return count
 
 
-def dropout_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Returns the seed of one micro-step's masks, a function of its place in the training: nothing is to be saved."""
-    digest = hashlib.sha256(f"{seed} {step} {micro} {rank}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+def row_seeds(lane: Lane, step: int, places: range) -> list[int]:
+    """Returns the seeds of some rows' dropout masks: functions of their places in the step, the same in any layout."""
+    if lane.lora.lora_dropout == 0:
+        return []
+    digests = (hashlib.sha256(f"{lane.seed} {step} {place}".encode()).digest() for place in places)
+    return [int.from_bytes(digest[:7], "big") for digest in digests]

@@ -37,7 +37,9 @@ class ReplicatedBase:
         if self.world_size == 1:
             return
         for value in values:
-            dist.broadcast(value, src=0)
+            sent = value.contiguous()  # a lane's factors may be views with gaps
+            dist.broadcast(sent, src=0)
+            value.copy_(sent)
 
     def base_bytes(self, model: LaneModel) -> int:
         """Returns the bytes of the base's weights that this rank holds."""
