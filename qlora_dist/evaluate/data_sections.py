@@ -58,7 +58,8 @@ def _shards(run: RunView) -> Table | None:
 
 
 def _add_lengths(section: Section, run: RunView) -> None:
-    found = {label: row for label, row in run.lengths.items() if number(row.get("records"))}
+    told = {node.label: mapping(node.facts.get("lengths")) for node in run.nodes_of("rows")}
+    found = {label: row for label, row in told.items() if number(row.get("records"))}
     curves = {}
     for label, row in found.items():
         histogram = mapping(row.get("histogram"))

@@ -47,7 +47,6 @@ class RunView:
     examples: tuple[Row, ...] = ()
     sweep: Row = field(default_factory=dict)
     sealed: tuple[Row, ...] = ()
-    lengths: dict[str, Row] = field(default_factory=dict)
     curves: dict[str, list[Row]] = field(default_factory=dict)
     circumstances: Row = field(default_factory=dict)
 
@@ -75,7 +74,6 @@ def view(summary: Mapping[str, Any]) -> RunView:
         examples=tuple(mappings(summary.get("examples"))),
         sweep=mapping(summary.get("sweep")),
         sealed=tuple(mappings(summary.get("sealed"))),
-        lengths={label: mapping(row) for label, row in mapping(summary.get("lengths")).items()},
         curves={label: rows for label, rows in curves.items() if rows},
         circumstances={k: summary[k] for k in about if summary.get(k)},
     )

@@ -51,7 +51,6 @@ def close_run(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
         **_assessment(plan, endings),
         "sweep": sweep_summary(_halved(plan, endings) | _folders(plan, endings, "winner")),
         "curves": _curves(plan, endings),
-        "lengths": _lengths(plan, endings),
         "adapter": str(shipped) if shipped else None,
         "use": use_command(plan, shipped) if shipped else "",
         "sealed": sealed,
@@ -148,12 +147,6 @@ def _halved(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Path]:
 
 def _folders(plan: Plan, endings: Mapping[str, Ending], stage: str) -> dict[str, Path]:
     return {node.label: plan.store.fetch(node.id) for node in _finished(plan, endings, stage)}
-
-
-def _lengths(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
-    from qlora_dist.evaluate.lengths import token_lengths
-
-    return {node.label: token_lengths(plan.store.folder(node.id)) for node in _finished(plan, endings, "rows")}
 
 
 def _ship(plan: Plan, endings: Mapping[str, Ending]) -> Path | None:

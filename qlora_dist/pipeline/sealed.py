@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from qlora_dist.artifacts.objects import Objects, is_url
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.runtime import log, rank, write_json
 
@@ -27,16 +26,15 @@ def note_reading(plan: Plan, node: Node) -> None:
     if rank() != 0 or not _reads_test(node):
         return
     for domain, sealed in _sets(plan, node).items():
-        path = _folder(plan, sealed) / f"{node.label}-{node.key}.json"
-        if path.exists():
+        name = f"{_folder(sealed)}/{node.label}-{node.key}.json"
+        if name in _names(plan, sealed):
             continue
         if others := _others(plan, sealed):
             log.warning("the sealed test of %s was read before, for %s", domain, others[0]["choice"])
-        path.parent.mkdir(parents=True, exist_ok=True)
         reading = {"domain": domain, "set": sealed, "model": node.label, "node": node.name, "key": node.key}
         reading |= {"adapter": node.inputs["adapter"], "choice": choice_of(plan)}
         reading |= {"experiment": plan.experiment, "command": plan.command, "time": _now()}
-        write_json(path, reading)
+        _write(plan, name, reading)
 
 
 def choice_of(plan: Plan) -> str:
@@ -89,8 +87,8 @@ def _sets(plan: Plan, node: Node) -> dict[str, str]:
     return {domain: rows_node.inputs.get("splits", rows_node.id) for domain, rows_node in rows.items()}
 
 
-def _folder(plan: Plan, sealed: str) -> Path:
-    return plan.staged_root / SEALED / sealed.replace("/", "-")
+def _folder(sealed: str) -> str:
+    return f"{SEALED}/{sealed.replace('/', '-')}"
 
 
 def _others(plan: Plan, sealed: str) -> list[dict[str, Any]]:
@@ -99,13 +97,31 @@ def _others(plan: Plan, sealed: str) -> list[dict[str, Any]]:
 
 def _readings(plan: Plan, sealed: str) -> list[dict[str, Any]]:
     """Returns the readings of a set, the oldest first."""
-    return sorted(_read(_folder(plan, sealed)), key=lambda reading: str(reading["time"]))
+    found = [_read(plan, name) for name in _names(plan, sealed)]
+    return sorted((reading for reading in found if reading), key=lambda reading: str(reading["time"]))
 
 
-def _read(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(folder.glob("*.json")):
-        reading: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        yield reading
+def _names(plan: Plan, sealed: str) -> list[str]:
+    folder = _folder(sealed)
+    if is_url(plan.root):
+        return [f"{folder}/{name}" for name in Objects(plan.root).names(folder)]
+    return [f"{folder}/{path.name}" for path in sorted((plan.staged_root / folder).glob("*.json"))]
+
+
+def _read(plan: Plan, name: str) -> dict[str, Any]:
+    if is_url(plan.root):
+        return Objects(plan.root).read_json(name) or {}
+    reading: dict[str, Any] = json.loads((plan.staged_root / name).read_text(encoding="utf-8"))
+    return reading
+
+
+def _write(plan: Plan, name: str, reading: dict[str, Any]) -> None:
+    if is_url(plan.root):
+        Objects(plan.root).create(name, json.dumps(reading, indent=2).encode())
+        return
+    path = plan.staged_root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, reading)
 
 
 def _now() -> str:

@@ -40,7 +40,8 @@ def _open(plan: Plan, node: Node, tracking: TrackingConfig, lane: str, stack: Ex
 
 def say_made(plan: Plan, node: Node, facts: Facts, lane: str = "") -> None:
     """Tells the node's trackers, which are still open, what was made, what was found of it, and of what it was made."""
-    log_made(_made(plan, node, facts), [_made(plan, plan.node(i), {}) for i in node.inputs.values()], lane)
+    parents = [_made(plan, plan.node(artifact_id), {}) for artifact_id in dict.fromkeys(node.inputs.values())]
+    log_made(_made(plan, node, facts), [parent for parent in parents if parent.manifest.exists()], lane)
 
 
 def _made(plan: Plan, node: Node, facts: Facts) -> Made:

@@ -1,6 +1,7 @@
 """The ledger of the sealed test: one reading a choice, and a later choice is told that it comes late."""
 
 import json
+import uuid
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,14 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def plan_of(corpus: Path, *overrides: str) -> Plan:
+@pytest.fixture(params=["folder", "url"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "runs") if request.param == "folder" else f"memory://{uuid.uuid4().hex}/runs"
+
+
+def plan_of(corpus: Path, root: str, *overrides: str) -> Plan:
     sources = [f"domain.files.sources=[{{path: {corpus}}}]", f"general.sources=[{{path: {corpus}}}]"]
-    return make_plan(
-        compose_run(["domain=files", "train=tiny", *sources, f"root={corpus.parent / 'runs'}", *overrides])
-    )
+    return make_plan(compose_run(["domain=files", "train=tiny", *sources, f"root={root}", *overrides]))
 
 
 def read_all(plan: Plan) -> None:
@@ -31,8 +35,8 @@ def read_all(plan: Plan) -> None:
         note_reading(plan, node)
 
 
-def test_one_choice_reads_each_sealed_set_once_however_often_it_runs(corpus: Path) -> None:
-    plan = plan_of(corpus)
+def test_one_choice_reads_each_sealed_set_once_however_often_it_runs(corpus: Path, root: str) -> None:
+    plan = plan_of(corpus, root)
     assert sealed_sets(plan) == []
     read_all(plan)
     first = sealed_sets(plan)
@@ -47,9 +51,9 @@ def test_one_choice_reads_each_sealed_set_once_however_often_it_runs(corpus: Pat
 
 
 def test_later_choice_sees_who_read_before_it_and_the_first_one_does_not(
-    corpus: Path, caplog: pytest.LogCaptureFixture
+    corpus: Path, root: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, later = plan_of(corpus, "name=one"), plan_of(corpus, "name=two", "lora.lora_rank=4")
+    first, later = plan_of(corpus, root, "name=one"), plan_of(corpus, root, "name=two", "lora.lora_rank=4")
     read_all(first)
     assert "was read before" not in caplog.text
     read_all(later)
@@ -62,17 +66,16 @@ def test_later_choice_sees_who_read_before_it_and_the_first_one_does_not(
     assert "evaluate.split=validation" in warning
 
 
-def test_other_rows_of_the_same_records_are_the_same_sealed_set(corpus: Path) -> None:
-    first, later = plan_of(corpus), plan_of(corpus, "train.row_tokens=128", "train.tokens_per_step=2048")
+def test_other_rows_of_the_same_records_are_the_same_sealed_set(corpus: Path, root: str) -> None:
+    first, later = plan_of(corpus, root), plan_of(corpus, root, "train.row_tokens=128", "train.tokens_per_step=2048")
     read_all(first)
     read_all(later)
     assert first.node("rows/files-test").id != later.node("rows/files-test").id
     assert len(sealed_sets(later)[0]["before"]) == 1
 
 
-def test_development_data_are_read_as_often_as_one_likes(corpus: Path) -> None:
+def test_development_data_are_read_as_often_as_one_likes(corpus: Path, root: str) -> None:
     for rank in (4, 8):
-        plan = plan_of(corpus, "evaluate.split=validation", f"lora.lora_rank={rank}")
+        plan = plan_of(corpus, root, "evaluate.split=validation", f"lora.lora_rank={rank}")
         read_all(plan)
         assert sealed_sets(plan) == []
-    assert not (Path(plan.root) / "sealed").exists()
