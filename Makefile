@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
 EXTRAS ?= dev
+STAMP  := $(VENV)/.installed-$(EXTRAS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check bench clean

@@ -52,6 +52,36 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def difference_table(summary: Mapping[str, Any]) -> Table | None:
+    """Returns the shipped model against the base for a terminal: differences, intervals, p-values, what is detectable.
+
+    The minimal detectable difference is the one that 80 % of such samples would find; None if nothing was compared.
+    """
+    from rich.table import Table
+
+    run = view(summary)
+    model = run.verdict.get("model") or "merged"
+    rows = [r for m in ON_TERMINAL for r in run.comparisons if r["metric"] == m and r["model"] == model]
+    if not rows:
+        return None
+    table = Table(title=f"{model} minus base, paired by document", title_justify="left")
+    for name in ("held-out set", "measure"):
+        table.add_column(name)
+    for name in ("difference", "95 % interval", "p (Holm)", "detectable", "documents"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        low, high, p = (number(row.get(key)) for key in ("low", "high", "p_holm"))
+        interval = "too few" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
+        found = [shown(number(row.get("minimal_detectable"))), shown(row.get("num_documents"))]
+        measure = metric_name(row["metric"]).split(" (")[0]
+        table.add_row(row["domain"], measure, f"{row['difference']:+.3f}", interval, _p_value(p), *found)
+    return table
+
+
+def _p_value(p: float | None) -> str:
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _with_reach(row: Mapping[str, Any]) -> str:
     low, high = number(row.get("low")), number(row.get("high"))
     if low is None or high is None:

@@ -19,7 +19,7 @@ from qlora_dist.launch.base import Job, Launcher, State
 from qlora_dist.launch.jobs import make_jobs, node_states
 from qlora_dist.launch.open import opened
 from qlora_dist.launch.screen import Screen, clock, plan_table
-from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed
+from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed, serve_command
 from qlora_dist.pipeline.nodes import make_plan, unread_keys
 from qlora_dist.pipeline.plan import Plan, drift, read_plan
 from qlora_dist.pipeline.publish import claimed, publish
@@ -105,10 +105,14 @@ def _drive(plan: Plan, launcher: Launcher, jobs: Sequence[Job], console: Console
 
 
 def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:
-    from qlora_dist.evaluate.report import score_table
+    from qlora_dist.evaluate.report import difference_table, score_table
 
     if summary["scores"]:
         console.print(score_table(summary))
+    if compared := difference_table(summary):
+        console.print(compared)
+    for note in (note for note in summary["notes"] if note not in plan.notes):
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
     console.print(f"report   {plan.folder / 'report.html'}", soft_wrap=True)
     console.print(f"summary  {plan.folder / 'summary.json'}", soft_wrap=True)
     if is_url(plan.root):
@@ -116,6 +120,7 @@ def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:
     if summary["adapter"]:
         console.print(f"adapter  {summary['adapter']}", soft_wrap=True)
         console.print(Text(f"use it   {summary['use']}"), soft_wrap=True)
+        console.print(Text(f"serve it {serve_command(plan)}"), soft_wrap=True)
     if summary["state"] != "done":
         return 1
     return _say_verdict(plan, summary.get("verdict"), console)

@@ -82,8 +82,18 @@ def is_closed(plan: Plan) -> bool:
 
 def use_command(plan: Plan, adapter: Path) -> str:
     """Returns the one command that talks to the shipped adapter on its base."""
-    shown = Path(os.path.relpath(adapter)) if adapter.is_relative_to(Path.cwd()) else adapter
-    return f"python -m qlora_dist.chat --adapter {shlex.quote(str(shown))}"
+    return f"python -m qlora_dist.chat --adapter {_short(adapter)}"
+
+
+def serve_command(plan: Plan) -> str:
+    """Returns the command that serves this root's shipped adapters to OpenAI's clients, by their names."""
+    adapter = plan.folder / "adapter"
+    return f"python -m qlora_dist.serve --folder {_short(plan.staged_root)} --adapter {_short(adapter)}"
+
+
+def _short(path: Path) -> str:
+    shown = Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
+    return shlex.quote(str(shown))
 
 
 def _describe(plan: Plan, node: Node, ending: Ending) -> dict[str, Any]:
