@@ -10,6 +10,7 @@ import numpy as np
 
 from qlora_dist.evaluate.answers import read_answers
 from qlora_dist.evaluate.documents import MEASURES, read_documents
+from qlora_dist.evaluate.harness import SPLIT, read_samples
 from qlora_dist.evaluate.statistics import estimate_ratio, holm
 
 BASE = "base"
@@ -48,6 +49,9 @@ def read_sums(folder: Path) -> Sums:
     for answer in read_answers(folder):
         for metric, value in answer.measures.items():
             found.setdefault((answer.domain, answer.split, metric), {})[answer.record] = (value, 1.0, answer.cluster)
+    for sample in read_samples(folder):
+        terms = (sample.top, sample.bottom, sample.document)
+        found.setdefault((sample.task, SPLIT, sample.metric), {})[sample.document] = terms
     return found
 
 

@@ -40,27 +40,36 @@ def figure(data: list[dict[str, Any]], title: str, x: str, y: str, **layout: Any
     }
 
 
-def score_bars(rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> Figure:
-    """Returns grouped bars of one measure: domains along the axis, a colour for each model, intervals as whiskers."""
+def score_points(rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> Figure:
+    """Returns one measure as points with intervals: held-out sets along the axis, a colour for each model.
+
+    Points, not bars: what differs between models is small beside the distance to zero. Shares span 0 to 1.
+    """
     domains = list(dict.fromkeys(r["domain"] for r in rows))
     models = list(dict.fromkeys(r["model"] for r in rows))
     value = {(r["model"], r["domain"]): r for r in rows}
-    data = [_bar(model, domains, [value.get((model, d), {}) for d in domains]) for model in models]
-    return figure(data, label, "held-out set", metric, barmode="group")
+    data = [_points(model, domains, [value.get((model, d), {}) for d in domains]) for model in models]
+    made = figure(data, label, "held-out set", metric, scattermode="group")
+    made["layout"]["xaxis"] |= {"type": "category", "showgrid": False}
+    if "higher is better" in label and all(0 <= r["value"] <= 1 for r in rows):
+        made["layout"]["yaxis"] |= {"range": [-0.05, 1.05]}
+    return made
 
 
-def _bar(model: str, domains: list[str], rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _points(model: str, domains: list[str], rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     def reach(row: Mapping[str, Any], end: str) -> float:
         limit = number(row.get(end))
         return abs(limit - row["value"]) if limit is not None else 0.0
 
     errors = {"array": [reach(r, "high") for r in rows], "arrayminus": [reach(r, "low") for r in rows]}
     return {
-        "type": "bar",
+        "type": "scatter",
+        "mode": "markers",
         "name": model,
         "x": domains,
         "y": [r.get("value") for r in rows],
-        "error_y": {"type": "data", "symmetric": False, "thickness": 1.2, **errors, "visible": any(errors["array"])},
+        "marker": {"size": 9},
+        "error_y": {"type": "data", "symmetric": False, "thickness": 1.4, **errors, "visible": any(errors["array"])},
     }
 
 
@@ -121,6 +130,7 @@ def heat_map(
         "texttemplate": "%{text}",
         "hovertemplate": (f"{x} %{{x}}, {y} " if x else "%{x}, ") + "%{y}: %{z:.4g}<extra></extra>",
         "hoverongaps": False,
+        "showscale": False,  # each cell says its number
         "xgap": 2,
         "ygap": 2,
         **scale,
@@ -164,7 +174,8 @@ def trial_map(trials: Sequence[Mapping[str, Any]], metric: str, title: str, *, x
 def graph(made_from: Mapping[str, Sequence[str]], good: Mapping[str, bool], title: str) -> Figure:
     """Returns a graph of things that were made from others: a line of the page each, further right the later it is.
 
-    Names never cover each other, whatever the number of things and the width of the screen.
+    Names never cover each other, whatever the number of things and the width of the screen. A line that only
+    shortens a longer way is left out.
 
     Args:
         made_from: the names of each thing's parents, by its own; parents that have no entry are left out.
@@ -172,13 +183,16 @@ def graph(made_from: Mapping[str, Sequence[str]], good: Mapping[str, bool], titl
         title: what is drawn.
     """
     depth: dict[str, int] = {}
+    ancestors: dict[str, set[str]] = {}
     for name, parents in made_from.items():  # parents stand before their children
         depth[name] = 1 + max((depth[parent] for parent in parents if parent in depth), default=-1)
+        ancestors[name] = set(parents).union(*(ancestors.get(parent, set()) for parent in parents))
     place = {name: i for i, name in enumerate(sorted(depth, key=lambda name: depth[name]))}
     xs: list[float | None] = []
     ys: list[float | None] = []
     for name, parents in made_from.items():
-        for parent in dict.fromkeys(parent for parent in parents if parent in place and parent != name):
+        further = set().union(*(ancestors.get(parent, set()) for parent in parents))
+        for parent in dict.fromkeys(p for p in parents if p in place and p != name and p not in further):
             xs += [depth[parent], depth[name], None]
             ys += [place[parent], place[name], None]
     edges = {"type": "scatter", "mode": "lines", "x": xs, "y": ys, "line": {"width": 1, "color": COLORS[6]}}

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qlora_dist.data.encode import Encoder
 from qlora_dist.errors import ConfigError, nearest
+from qlora_dist.evaluate.statistics import estimate_ratio
 
 KEY = "evaluate.lm_eval_tasks"
+SPLIT = "lm-eval"
+SAMPLES_FILE = "tasks.jsonl"
 
 BATCH_ROWS = 8
 
 
-def run_tasks(model: Any, tokenizer: Path, tasks: Sequence[str], folder: str = "") -> list[dict[str, Any]]:
-    """Returns a row for each task and metric: `{"domain": task, "metric", "value", "low", "high", "num_documents"}`.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one document of a task adds to a metric that is a ratio of sums; the document is named by its number."""
 
-    The harness' own standard error gives the interval (1.96 of it). bits_per_byte is ours to 1e-4 where a document
-    fits one row; longer ones are cut elsewhere (the harness begins a window with the last token of the one before).
+    task: str
+    metric: str
+    document: str
+    top: float
+    bottom: float
+
+
+def run_tasks(
+    model: Any, tokenizer: Path, tasks: Sequence[str], folder: str = ""
+) -> tuple[list[dict[str, Any]], list[Sample]]:
+    """Returns a row for each task and metric, as in a score table, and what each document adds to it.
+
+    Where a metric is a ratio of sums over documents (accuracies, bits per byte), the interval is by bootstrap over
+    documents, as for our own measures; else by the harness' own standard error (1.96 of it). bits_per_byte is ours to
+    1e-4 where a document fits one row; longer ones are cut elsewhere (the harness begins a window with the last token
+    of the one before).
 
     Args:
         model: a causal language model, with or without adapter.
@@ -49,14 +72,58 @@ def run_tasks(model: Any, tokenizer: Path, tasks: Sequence[str], folder: str = "
         batch_size=BATCH_ROWS,
         prefix_token_id=Encoder(tokenizer).start_id,
     )
-    found = simple_evaluate(
-        model=harness,
-        tasks=list(tasks),
-        task_manager=manager,
-        bootstrap_iters=200,
-        log_samples=False,
-    )
-    return [row for task in found["results"] for row in _rows(task, found)]
+    found = simple_evaluate(model=harness, tasks=list(tasks), task_manager=manager, bootstrap_iters=200)
+    rows, samples = [], []
+    for task in found["results"]:
+        for row in _rows(task, found):
+            mine = _samples(task, row["metric"], row["value"], found)
+            samples += mine
+            rows.append(row | _interval(mine))
+    return rows, samples
+
+
+def write_samples(samples: Sequence[Sample], folder: Path) -> None:
+    """Writes one JSON line a document and metric, aside and renamed."""
+    aside = folder / f".{SAMPLES_FILE}"
+    aside.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples), encoding="utf-8")
+    aside.replace(folder / SAMPLES_FILE)
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """Reads what `write_samples` wrote; [] where no task was run."""
+    path = folder / SAMPLES_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Sample(**json.loads(line)) for line in lines]
+
+
+def _samples(task: str, metric: str, value: float, found: dict[str, Any]) -> list[Sample]:
+    """Returns each document's part of a metric; [] unless their ratio is the value that the harness reports."""
+    name = metric.partition(" (")[0]
+    filters = {sample.get("filter", "none") for sample in found["samples"].get(task, [])}
+    wanted = metric.partition(" (")[2].rstrip(")") or (next(iter(filters)) if len(filters) == 1 else "none")
+    made = []
+    for sample in found["samples"].get(task, []):
+        part = sample.get(name)
+        if sample.get("filter", "none") != wanted or part is None:
+            continue
+        if isinstance(part, (tuple, list)) and len(part) == 2:  # log-likelihood in nats, and units
+            top, bottom = -float(part[0]) / math.log(2), float(part[1])
+        elif isinstance(part, (int, float)):
+            top, bottom = float(part), 1.0
+        else:
+            return []
+        made.append(Sample(task, metric, str(sample["doc_id"]), top, bottom))
+    whole = sum(sample.bottom for sample in made)
+    is_ratio = whole > 0 and math.isclose(sum(s.top for s in made) / whole, value, rel_tol=1e-6, abs_tol=1e-9)
+    return made if is_ratio else []
+
+
+def _interval(samples: Sequence[Sample]) -> dict[str, float | None]:
+    if not samples:
+        return {}
+    tops, bottoms = (np.array([getattr(sample, end) for sample in samples]) for end in ("top", "bottom"))
+    estimate = estimate_ratio(tops, bottoms, np.array([sample.document for sample in samples]))
+    return {"low": estimate.low, "high": estimate.high}
 
 
 def _rows(task: str, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,7 +139,7 @@ def _rows(task: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "domain": task,
-                "split": "lm-eval",
+                "split": SPLIT,
                 "metric": metric,
                 "value": float(value),
                 "low": None if reach is None else value - reach,

@@ -13,7 +13,7 @@ MAX_DRAWN = 60
 """With more nodes, those of one stage are drawn as one."""
 
 TEXT = """What each artifact was made from, from the sources down. An artifact is named by its recipe: \
-`artifacts/<stage>/<label>-<key>`."""
+artifacts/<stage>/<label>-<key>."""
 
 
 def lineage(run: RunView) -> Section | None:

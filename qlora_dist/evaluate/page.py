@@ -41,6 +41,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     figures: list[tuple[str, Figure]] = field(default_factory=list)
     code: str = ""
+    notes: list[str] = field(default_factory=list)
     folded: bool = False
 
     def draw(self, name: str, figure: Figure, table: Table) -> None:

@@ -37,18 +37,21 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def score_table(summary: Mapping[str, Any]) -> Table:
-    """Returns the scores for a terminal: a row a model, a column for each held-out set and measure."""
+    """Returns the scores for a terminal: a row a model below each measure, a column for each held-out set."""
     from rich.table import Table
 
     rows = [r for r in view(summary).scores if r["metric"] in ON_TERMINAL]
-    columns = list(dict.fromkeys((r["metric"], r["domain"]) for r in rows))
+    domains = list(dict.fromkeys(r["domain"] for r in rows))
     value = {(r["model"], r["metric"], r["domain"]): r for r in rows}
     table = Table(title="Scores on held-out text", title_justify="left")
     table.add_column("model", no_wrap=True)
-    for metric, domain in columns:
-        table.add_column(f"{domain}\n{metric_name(metric).split(' (')[0]}", justify="right")
-    for model in dict.fromkeys(r["model"] for r in rows):
-        table.add_row(str(model), *(_with_reach(value.get((model, m, d), {})) for m, d in columns))
+    for domain in domains:
+        table.add_column(str(domain), justify="right")
+    for metric in (m for m in ON_TERMINAL if any(r["metric"] == m for r in rows)):
+        table.add_section()
+        table.add_row(metric_name(metric), style="dim")
+        for model in dict.fromkeys(str(r["model"]) for r in rows if r["metric"] == metric):
+            table.add_row(model, *(_with_reach(value.get((model, metric, domain), {})) for domain in domains))
     return table
 
 

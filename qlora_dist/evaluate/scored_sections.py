@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from qlora_dist.evaluate import figures
@@ -44,8 +45,10 @@ def scores(run: RunView) -> Section | None:
     """Shows the scores that people compare first, each with its interval and a bar chart."""
     section = Section("Scores", "Intervals are 95 %, by bootstrap over clusters of near-copies.")
     for metric, chosen in _by_metric(run, of_first=True):
-        drawn = figures.score_bars(chosen, metric, metric_name(metric))
+        drawn = figures.score_points(chosen, _plain(metric), metric_name(metric))
         section.draw(f"scores-{metric}", drawn, _score_table(metric, chosen))
+        if metric != "bits_per_byte":
+            section.tables += [replace(t, of=f"scores-{metric}") for t in _difference_tables(run, [metric])]
     return section if section.tables else None
 
 
@@ -53,13 +56,28 @@ def at_a_glance(run: RunView) -> Table:
     """Returns what a person asks first: the shipped model against the base, in the measures that are compared first."""
     model = text(run.verdict.get("model")) or "merged"
     value = {(r["model"], r["domain"], r["metric"]): r["value"] for r in run.scores}
-    columns = ["measure", "domain", "base", model, "difference", "low", "high"]
+    columns = ["measure", "domain", "base", model, "difference", "95 % interval"]
     rows = [
-        [metric_name(metric), r["domain"], value.get((BASE, r["domain"], metric)),
-         value.get((model, r["domain"], metric)), r["difference"], r.get("low"), r.get("high")]
+        [_with_arrow(metric), r["domain"], value.get((BASE, r["domain"], metric)),
+         value.get((model, r["domain"], metric)), f"{r['difference']:+.3g}", _interval(r)]
         for metric in FIRST_METRICS for r in run.comparisons if r["metric"] == metric and r["model"] == model
     ]  # fmt: skip
     return Table(f"At a glance: {model} against the base", columns, rows)
+
+
+def _interval(row: Row) -> str:
+    low, high = number(row.get("low")), number(row.get("high"))
+    return "too few documents" if low is None or high is None else f"{low:+.3g} to {high:+.3g}"
+
+
+def _plain(metric: str) -> str:
+    return metric_name(metric).partition(" (")[0]
+
+
+def _with_arrow(metric: str) -> str:
+    """Returns a measure's name with an arrow to where it is better."""
+    arrows = {"higher": " ↑", "lower": " ↓"}
+    return _plain(metric) + next((arrow for word, arrow in arrows.items() if f"{word} is" in metric_name(metric)), "")
 
 
 def forms(run: RunView) -> Section | None:
@@ -105,7 +123,8 @@ def _numbers(values: Any) -> list[float]:
 def further(run: RunView) -> Section | None:
     """Shows every other measure, and its differences from the base, as tables."""
     tables = [_score_table(metric, chosen) for metric, chosen in _by_metric(run, of_first=False)]
-    tables += _difference_tables(run, of_first=False)
+    others = dict.fromkeys(r["metric"] for r in run.comparisons if r["metric"] not in FIRST_METRICS)
+    tables += _difference_tables(run, others)
     return Section("Further measures", tables=tables, folded=True) if tables else None
 
 
@@ -125,14 +144,13 @@ def _score_table(metric: str, rows: list[Row]) -> Table:
     return Table(metric_name(metric), columns, [[r.get(c) for c in columns] for r in rows])
 
 
-def _difference_tables(run: RunView, *, of_first: bool) -> list[Table]:
+def _difference_tables(run: RunView, metrics: Iterable[str]) -> list[Table]:
     columns = ["model", "domain", "difference", "low", "high", "p_holm", "minimal_detectable", "num_documents"]
     tables = []
-    for metric in dict.fromkeys(r["metric"] for r in run.comparisons):
-        if (metric in FIRST_METRICS) is of_first:
-            rows = [[r.get(c) for c in columns] for r in run.comparisons if r["metric"] == metric]
-            tables.append(Table(f"Difference in {metric_name(metric)}", columns, rows))
-    return tables
+    for metric in metrics:
+        rows = [[r.get(c) for c in columns] for r in run.comparisons if r["metric"] == metric]
+        tables.append(Table(f"Difference in {metric_name(metric)}", columns, rows))
+    return [table for table in tables if table.rows]
 
 
 def matrix(run: RunView) -> Section | None:
@@ -147,7 +165,7 @@ def matrix(run: RunView) -> Section | None:
     section = Section("Against the base", COMPARED)
     drawn = figures.heat_map(grid, domains, models, title, middle=0, x="held-out set", y="model")
     section.draw("matrix", drawn, map_table(drawn))
-    section.tables += _difference_tables(run, of_first=True)
+    section.tables += _difference_tables(run, ["bits_per_byte"])
     return section
 
 

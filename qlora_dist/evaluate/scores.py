@@ -20,6 +20,7 @@ from qlora_dist.errors import ModelError, Preempted, QloraDistError
 from qlora_dist.evaluate.answers import answer_questions, answer_rows, count_failures, read_answers
 from qlora_dist.evaluate.calibration import calibration_rows, read_calibration, write_calibration
 from qlora_dist.evaluate.documents import DOCUMENTS_FILE, read_documents, score_rows, write_documents
+from qlora_dist.evaluate.harness import run_tasks, write_samples
 from qlora_dist.evaluate.held_out import HeldOut
 from qlora_dist.evaluate.loading import Inputs, Models, Task, open_models
 from qlora_dist.evaluate.terms import TermMarker, terms_of
@@ -157,8 +158,7 @@ def _run_harness(models: Models, task: Task) -> list[dict[str, Any]]:
     told = task.config.evaluate
     if not told.lm_eval_tasks:
         return []
-    from qlora_dist.evaluate.harness import run_tasks
-
     with models.only(task.label):
-        rows = run_tasks(models.network, task.inputs["tokenizer"], told.lm_eval_tasks, told.lm_eval_folder)
+        rows, samples = run_tasks(models.network, task.inputs["tokenizer"], told.lm_eval_tasks, told.lm_eval_folder)
+    write_samples(samples, task.out)
     return [{"model": task.config.name, **row} for row in rows]

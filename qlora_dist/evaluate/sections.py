@@ -45,12 +45,11 @@ def outcome(run: RunView) -> Section:
         Table("What failed", ["node", "why", "log"], failed),
         Table("Verdict", columns, [[r.get(c) for c in columns] for r in reasons]),
         scored_sections.at_a_glance(run),
-        Table("Notes", ["note"], [[note] for note in run.notes]),
     ]
     ended = "Every node finished." if run.state == "done" else f"{len(failed)} of {len(run.nodes)} nodes failed."
     shipped = f"The adapter is in {run.adapter}." if run.adapter else "No adapter was shipped."
     text = " ".join(part for part in (_verdict(run), ended, shipped, _sealed(run)) if part)
-    return Section("Outcome", text, [t for t in tables if t.rows], code=run.use)
+    return Section("Outcome", text, [t for t in tables if t.rows], code=run.use, notes=list(run.notes))
 
 
 def _verdict(run: RunView) -> str:
@@ -76,7 +75,7 @@ def cost(run: RunView) -> Section | None:
     for stage in dict.fromkeys(n.stage for n in run.nodes):
         nodes = [n for n in run.nodes if n.stage == stage]
         tokens = [t for n in nodes if (t := number(n.facts.get("tokens"))) is not None and stage in TRAINED_STAGES]
-        peaks = [p for n in nodes if (p := number(n.facts.get("peak_memory_bytes"))) is not None]
+        peaks = [p for n in nodes for p in (number(n.facts.get("peak_memory_bytes")) or n.peak_bytes,) if p]
         seconds = sum(n.seconds or 0 for n in nodes)
         gpu_hours = sum((n.seconds or 0) * n.num_gpus for n in nodes) / 3600
         rows.append(

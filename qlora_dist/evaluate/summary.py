@@ -24,6 +24,7 @@ class NodeView:
     seconds: float | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     num_gpus: float = 0
+    peak_bytes: float = 0
     error: str = ""
     log: str = ""
     facts: Row = field(default_factory=dict)
@@ -92,6 +93,7 @@ def _node(node: Mapping[str, Any]) -> NodeView:
         seconds=number(node.get("seconds")),
         inputs={name: text(i) for name, i in mapping(node.get("inputs")).items()},
         num_gpus=number(node.get("gpus")) or 0,
+        peak_bytes=number(node.get("peak_memory_bytes")) or 0,
         facts=mapping(node.get("facts")),
     )
 

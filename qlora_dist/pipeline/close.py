@@ -110,6 +110,7 @@ def _describe(plan: Plan, node: Node, ending: Ending) -> dict[str, Any]:
         manifest = plan.store.manifest(node.id)
         described |= {"seconds": manifest.seconds, "facts": manifest.facts, "folder": str(plan.store.folder(node.id))}
         described["gpus"] = min(node.world_size, manifest.made.get("gpus", 0))
+        described["peak_memory_bytes"] = manifest.made.get("peak_memory_bytes")
     if ending.error:
         described["error"] = ending.error
     return described

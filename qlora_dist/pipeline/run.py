@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 import socket
 import subprocess
 import sys
@@ -178,6 +179,7 @@ def circumstances() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total >> 30} GiB",
         "gpus": _num_gpus(),
+        "peak_memory_bytes": _peak_bytes(),
         "python": platform.python_version(),
         "versions": {name: version for name, version in versions.items() if version},
         "commit": _commit(),
@@ -190,6 +192,14 @@ def _num_gpus() -> int:
     """Returns how many GPUs this process could use: 0 where nothing imported torch."""
     torch = sys.modules.get("torch")
     return int(torch.cuda.device_count()) if torch is not None and torch.cuda.is_available() else 0
+
+
+def _peak_bytes() -> int:
+    """Returns the most memory that this process held so far: of its GPU where it has one, else its own."""
+    if _num_gpus():
+        return int(sys.modules["torch"].cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _version(package: str) -> str:

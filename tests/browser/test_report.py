@@ -55,16 +55,19 @@ class Seen:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_draws_every_figure_without_a_complaint_or_a_request(browser: Any, report: Path, scheme: str) -> None:
     seen = Seen(browser, report, color_scheme=scheme)
-    seen.page.wait_for_function("document.querySelectorAll('.figure .main-svg').length > 0")
-    assert seen.evaluate("[...document.querySelectorAll('.figure')].every(f => f.querySelector('.main-svg'))")
-    assert seen.evaluate("document.querySelectorAll('.figure').length") >= 6
+    seen.page.wait_for_function("() => document.querySelectorAll('.figure .main-svg').length > 0")
+    seen.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")  # drawn when unfolded
+    seen.page.wait_for_function(
+        "() => [...document.querySelectorAll('.figure')].every(f => f.querySelector('.main-svg'))"
+    )
+    assert seen.evaluate("document.querySelectorAll('.figure').length") >= 10
     assert seen.complaints == []
     assert seen.requests == [report.as_uri()]
 
 
-def test_bars_are_drawn_for_each_model_and_set(browser: Any, report: Path) -> None:
+def test_points_are_drawn_for_each_model_and_set(browser: Any, report: Path) -> None:
     seen = Seen(browser, report)
-    assert seen.evaluate("document.querySelectorAll('[data-figure=scores-bits_per_byte] .bars .point').length") == 6
+    assert seen.evaluate("document.querySelectorAll('[data-figure=scores-bits_per_byte] .points .point').length") == 6
     assert seen.evaluate("document.querySelectorAll('[data-figure=scores-bits_per_byte] .errorbar').length") == 6
 
 
@@ -97,17 +100,45 @@ def test_figures_follow_when_the_theme_changes(browser: Any, report: Path) -> No
     ink = "getComputedStyle(document.querySelector('.figure .xtitle')).fill"
     before = seen.evaluate(ink)
     seen.page.emulate_media(color_scheme="dark")
-    seen.page.wait_for_function(f"{ink} !== '{before}'", timeout=5000)
+    seen.page.wait_for_function(f"() => {ink} !== '{before}'", timeout=5000)
 
 
 def test_phone_scrolls_down_but_not_sideways(browser: Any, report: Path) -> None:
     seen = Seen(browser, report, viewport={"width": 375, "height": 700}, is_mobile=True, has_touch=True)
-    seen.page.wait_for_function("document.querySelectorAll('.figure .main-svg').length > 0")
+    seen.page.wait_for_function("() => document.querySelectorAll('.figure .main-svg').length > 0")
     assert seen.evaluate("document.documentElement.scrollWidth") <= 375
     widest = (
         "Math.max(...[...document.querySelectorAll('.figure .main-svg')].map(f => f.getBoundingClientRect().right))"
     )
     assert seen.evaluate(widest) <= 375
+
+
+def test_curves_zoom_and_tell_their_values_where_one_points(browser: Any, report: Path) -> None:
+    seen = Seen(browser, report, viewport={"width": 1200, "height": 900})
+    place = seen.page.locator("[data-figure=curve-loss]")
+    place.scroll_into_view_if_needed()
+    box = place.locator(".nsewdrag").bounding_box()
+    assert box is not None
+    seen.page.mouse.move(box["x"] + 5, box["y"] + 5)
+    seen.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=5)
+    seen.page.wait_for_function(
+        "() => document.querySelector('[data-figure=curve-loss] .hoverlayer').textContent !== ''"
+    )
+    axis = "document.querySelector('[data-figure=curve-loss]')._fullLayout.xaxis.range"
+    low, high = seen.evaluate(axis)
+    seen.page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.3)
+    seen.page.mouse.down()
+    seen.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.7, steps=5)
+    seen.page.mouse.up()
+    seen.page.wait_for_function(f"() => {axis}[1] - {axis}[0] < {(high - low) / 2}")
+
+
+def test_link_to_a_folded_section_unfolds_it(browser: Any, report: Path) -> None:
+    seen = Seen(browser, report)
+    assert not seen.evaluate("document.querySelector('#calibration > details').open")
+    seen.page.click("nav a[href='#calibration']")
+    seen.page.wait_for_function("() => document.querySelector('#calibration > details').open")
+    seen.page.wait_for_function("() => document.querySelector('[data-figure^=calibration] .main-svg') !== null")
 
 
 def test_paper_has_the_folded_parts_too(browser: Any, report: Path) -> None:

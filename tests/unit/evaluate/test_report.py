@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qlora_dist.evaluate.report import score_table, write_report
+from qlora_dist.evaluate.report import difference_table, score_table, write_report
 from qlora_dist.evaluate.sections import report_sections
 from qlora_dist.evaluate.summary import view
 
@@ -87,10 +87,11 @@ def test_every_markdown_table_is_rectangular(summary: dict[str, Any], tmp_path: 
 
 def test_every_figure_is_one_that_plotly_accepts_and_has_a_table(summary: dict[str, Any]) -> None:
     sections = [s for s in report_sections(view(summary)) if s.figures]
-    assert {s.title for s in sections} == {"Scores", "Against the base", "Training", "Merge"}
+    drawn = {"Scores", "Against the base", "Calibration", "Sweep", "Training", "Merge", "Data", "Lineage"}
+    assert {s.title for s in sections} == drawn
     for section in sections:
-        assert len(section.tables) >= len(section.figures)
-        for _, figure in section.figures:
+        for name, figure in section.figures:
+            assert section.tables_of(name), name
             go.Figure(figure)
 
 
@@ -191,8 +192,9 @@ def test_trials_of_a_sweep_are_a_table_and_a_map_of_rank_by_alpha_with_the_best_
 ) -> None:
     summary["sweep"] = {"trials": trials()}
     (section,) = [s for s in report_sections(view(summary)) if s.title == "Sweep"]
-    (table, mapped), ((name, figure),) = section.tables, section.figures
-    assert name == mapped.of == "sweep-rank-alpha"
+    (table, map_table), ((name, figure),) = section.tables, section.figures
+    assert name == map_table.of == "sweep-rank-alpha"
+    assert map_table.rows == [["8", 2.5, 2.1], ["16", 2.4, 2.6]]
     assert table.columns == ["trial", "lora_rank", "lora_alpha", "learning_rate", "validation_loss"]
     assert len(table.rows) == 5
     (cells,) = figure["data"]
@@ -209,3 +211,66 @@ def test_sweep_over_one_setting_has_a_table_and_no_map(summary: dict[str, Any]) 
     (section,) = [s for s in report_sections(view(summary)) if s.title == "Sweep"]
     assert section.tables
     assert section.figures == []
+
+
+def test_sealed_test_that_was_read_before_is_said_first_and_once_read_is_said_too(
+    summary: dict[str, Any], tmp_path: Path
+) -> None:
+    text = " ".join(render(summary, tmp_path).text)
+    assert "The sealed test had been read for other choices (1) before this one: see the notes." in text
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert markdown.index("## Outcome") < markdown.index(f"> {summary['notes'][0]}") < markdown.index("## Scores")
+    summary["sealed"][0]["before"] = []
+    assert "read once, for this choice alone" in " ".join(render(summary, tmp_path).text)
+
+
+def test_lineage_draws_each_artifact_once_and_no_line_that_only_shortens_a_longer_way(summary: dict[str, Any]) -> None:
+    summary["nodes"][-1]["inputs"]["splits-legal"] = "splits/legal-d4"  # it reads the rows of these splits as well
+    (section,) = [s for s in report_sections(view(summary)) if s.title == "Lineage"]
+    ((_, figure),), (table,) = section.figures, section.tables
+    edges, points = figure["data"]
+    assert sorted(points["text"]) == sorted(row[0] for row in table.rows)
+    assert len(points["text"]) == len(summary["nodes"])
+    place = dict(zip(points["y"], points["text"], strict=True))
+    ends = [place[y] for y in edges["y"] if y is not None]
+    drawn = set(zip(ends[::2], ends[1::2], strict=True))
+    assert drawn == {
+        ("records/legal-0", "splits/legal"),
+        ("splits/legal", "rows/legal-0"),
+        ("rows/legal-0", "adapter/legal-0"),
+        ("adapter/legal-0", "merged/all"),
+        ("rows/legal-0", "scores/base"),
+        ("merged/all", "scores/merged"),
+    }
+    assert ["scores/merged", "f1", ["rows/legal-0", "merged/all", "splits/legal"], "done", 2.0] in table.rows
+
+
+def test_lineage_of_hundreds_of_nodes_is_drawn_by_stage(summary: dict[str, Any]) -> None:
+    adapter = summary["nodes"][3]
+    summary["nodes"] += [{**adapter, "label": f"legal-{i}", "key": f"k{i}"} for i in range(1, 90)]
+    (section,) = [s for s in report_sections(view(summary)) if s.title == "Lineage"]
+    assert "adapter × 90" in section.figures[0][1]["data"][1]["text"]
+    assert len(section.tables[0].rows) == len(summary["nodes"])
+
+
+def test_data_cost_and_form_are_counted(summary: dict[str, Any], tmp_path: Path) -> None:
+    render(summary, tmp_path)
+    lines = [line.strip() for line in (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()]
+    for wanted in (
+        "| legal | 180 | 130 | 19 | 20 | 11 | 2 | 1 | instruction 180 |",
+        "| legal | read | empty | 2 |",
+        "| legal-0 | packed | longer than a row | 3 |",
+        "| legal-0 | 130 | 12 | 50 | 110 | 180 | 240 |",
+        "| base | legal | cut off | 3 |",
+        f"| adapter | 1 | 61 | {61 * 2 / 3600:.4g} | 123,456 | – |",
+    ):
+        assert wanted in lines, wanted
+
+
+def test_terminal_says_what_moved_with_interval_p_value_and_what_was_detectable(summary: dict[str, Any]) -> None:
+    console = Console(width=120, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+    console.print(difference_table(summary))
+    (line,) = [line for line in console.export_text().splitlines() if "legal" in line and "bits" in line]
+    cells = [cell.strip() for cell in line.strip("│┃ ").split("│")]
+    assert cells == ["legal", "bits per byte", "-0.800", "-0.900 to -0.700", "0.002", "0.14", "12"]
+    assert difference_table({}) is None
