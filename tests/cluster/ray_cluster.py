@@ -21,7 +21,7 @@ import psutil
 
 PORT = 6379
 DASHBOARD_PORT = 8265
-LIGHT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+LIGHT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", "RAY_AUTH_MODE": "disabled"}
 START_S = 120.0
 STORE_BYTES = 80 << 20
 
@@ -49,7 +49,7 @@ class RayCluster:
     @property
     def environment(self) -> dict[str, str]:
         """What a process inside needs to know."""
-        return os.environ | LIGHT | {"RAY_TMPDIR": str(self.folder)}
+        return os.environ | LIGHT | {"RAY_TMPDIR": str(self.folder), "GLOO_SOCKET_IFNAME": "lo"}
 
     def __enter__(self) -> RayCluster:
         try:
@@ -98,10 +98,11 @@ class RayCluster:
         assert self._holder is not None
         return ["nsenter", f"--target={self._holder.pid}", "--net", *argv]
 
-    def start(self, argv: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    def start(self, argv: Sequence[str], cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
         """Starts a command inside, in a session of its own."""
         return subprocess.Popen(
             self.command(argv),
+            cwd=cwd,
             env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

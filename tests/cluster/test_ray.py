@@ -1,0 +1,101 @@
+"""A plan on a real Ray: several raylets, a node that dies in the middle, and the same bytes as on this machine alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.ray_cluster import RayCluster
+from tests.pipeline.conftest import Workplace, make_workplace
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace wants root: run `sudo make cluster-test`"),
+]
+pytest.importorskip("ray", reason="pip install 'qlora_dist[ray]'")
+
+TRIALS = ["sweep=grid", "sweep.lora_rank=[2,4]"]
+TWO_RANKS = ["strategy=ddp", "strategy.world_size=2", "train.tokens_per_step=512", "train.micro_batch_tokens=256"]
+LONG = ["train.epochs=40", "train.max_steps=40", "train.checkpoint_every_s=0.3", "evaluate.max_rows=8"]
+PLAN = [*TRIALS, *TWO_RANKS, *LONG]
+LIMIT_S = 400
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with RayCluster(num_cpus=1) as cluster:
+        cluster.start_node(1)
+        cluster.start_node(2)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def on_ray(cluster: RayCluster, tmp_path_factory) -> tuple[Workplace, str]:
+    """One run from submit to report; when its first training has begun, a node is killed, and later another comes."""
+    workplace = make_workplace(tmp_path_factory.mktemp("ray"))
+    run = cluster.start(
+        workplace.command(*PLAN, "launcher=ray", f"launcher.ray.address={cluster.address}"),
+        cwd=workplace.folder,
+    )
+    wait_for_checkpoint(workplace, run)
+    cluster.kill_node("n2")
+    cluster.start_node(3)
+    output, _ = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == 0, output[-3000:]
+    return workplace, output
+
+
+def wait_for_checkpoint(workplace: Workplace, run: subprocess.Popen[str]) -> None:
+    """Waits until some training has written one."""
+    end = time.monotonic() + LIMIT_S
+    while not list((workplace.folder / "runs" / "artifacts" / "adapter").rglob("step-*/state.json")):
+        assert run.poll() is None and time.monotonic() < end, run.communicate()[0][-3000:]
+        time.sleep(0.1)
+
+
+def test_a_run_goes_from_submit_to_report_though_a_node_dies(on_ray: tuple[Workplace, str]):
+    workplace, _ = on_ray
+    assert set(workplace.states().values()) == {"done"}
+    assert (workplace.run_folder / "report.html").exists()
+    logs = [path.read_text() for path in (workplace.run_folder / "logs").glob("adapter*.log")]
+    assert any("continuing after step" in log for log in logs)
+
+
+def test_the_result_is_that_of_the_same_plan_on_this_machine(on_ray: tuple[Workplace, str]):
+    workplace, _ = on_ray
+    code, output = workplace.launch(*PLAN, f"root={workplace.folder / 'local'}")
+    assert code == 0, output[-3000:]
+    for name in ("adapter", "merged", "scores", "rows"):
+        there, here = digests(workplace.folder / "runs", name), digests(workplace.folder / "local", name)
+        assert there == here
+        assert there
+
+
+def digests(root: Path, stage: str) -> dict[str, str]:
+    """Returns the digest of each file that a stage's artifacts hold, but of those that tell of time and memory."""
+    found = {}
+    for path in (root / "artifacts" / stage).glob("*/manifest.json"):
+        for name, entry in json.loads(path.read_text())["files"].items():
+            if name != "metrics.jsonl":
+                found[f"{path.parent.name}/{name}"] = entry["sha256"]
+    return found
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
+def test_no_ray_at_the_address_is_one_error_that_names_the_repair(tmp_path: Path, address: str):
+    workplace = make_workplace(tmp_path)
+    started = time.monotonic()
+    code, output = workplace.launch("launcher=ray", f"launcher.ray.address={address}", RAY_TMPDIR=str(tmp_path))
+    assert code == 1
+    assert "no Ray answers" in output and "ray start --head" in output
+    assert "Traceback" not in output
+    assert not (workplace.run_folder / "plan.json").exists(), "nothing was submitted"
+    assert time.monotonic() - started < 60
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-x", "-q"]))
