@@ -85,9 +85,8 @@ def no_ray(given: str, reason: str) -> LaunchError:
         "Start one (ray start --head), name one that runs (launcher.ray.address=HOST:6379 or ray://HOST:10001), "
         "or leave launcher.ray.address empty for one of this run's own."
     )
-    return LaunchError(
-        f"launcher.ray.address={given or os.environ.get('RAY_ADDRESS', '')}: no Ray answers ({reason}). {repair}"
-    )
+    shown = f"launcher.ray.address={given}" if given else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')}"
+    return LaunchError(f"{shown}: no Ray answers ({reason}). {repair}")
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""A plan on a real Ray: several raylets, a node that dies in the middle, and the same bytes as on this machine alone."""
+"""A plan on a real Ray: several raylets, a node that dies in the middle, the same bytes as on this machine alone."""
 
 import json
 import os
