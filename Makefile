@@ -6,7 +6,7 @@ EXTRAS ?= dev
 STAMP  := $(VENV)/.installed-$(EXTRAS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench clean
+.PHONY: help setup demo test test-slow cluster-test check bench clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,10 +25,14 @@ demo: setup  ## fine-tune, merge and score on the legal texts of this machine (a
 	$(BIN)/python -m qlora_dist.launch +experiment=legal
 
 test: setup  ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n 2 --dist loadfile
 
 test-slow: setup  ## run the long tests too
-	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" -n 2 --dist loadfile
+
+cluster-test: setup  ## run plans on real clusters that are started on this machine (wants root)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS),ray]'
+	$(BIN)/python -m pytest -m cluster -n 0 tests/cluster
 
 check: setup  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

@@ -24,30 +24,31 @@ TWO_RANKS = ["strategy=ddp", "strategy.world_size=2", "train.tokens_per_step=512
 LONG = ["train.epochs=40", "train.max_steps=40", "train.checkpoint_every_s=0.3", "evaluate.max_rows=8"]
 PLAN = [*TRIALS, *TWO_RANKS, *LONG]
 LIMIT_S = 400
+CLIENT_PORT = 10001
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with RayCluster(num_cpus=1) as cluster:
+    with RayCluster(num_cpus=1, dashboard=True, client_port=CLIENT_PORT) as cluster:
         cluster.start_node(1)
         cluster.start_node(2)
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def on_ray(cluster: RayCluster, tmp_path_factory) -> tuple[Workplace, str]:
-    """One run from submit to report; when its first training has begun, a node is killed, and later another comes."""
+def on_ray(cluster: RayCluster, tmp_path_factory) -> Workplace:
+    """One run from `ray job submit` to report; once a training has a checkpoint a node is killed, and another comes."""
     workplace = make_workplace(tmp_path_factory.mktemp("ray"))
-    run = cluster.start(
-        workplace.command(*PLAN, "launcher=ray", f"launcher.ray.address={cluster.address}"),
-        cwd=workplace.folder,
-    )
+    command = workplace.command(*PLAN, f"root={workplace.folder / 'runs'}", "launcher=ray", "launcher.ray.address=auto")
+    submit = ["ray", "job", "submit", f"--address={cluster.dashboard}", "--"]
+    run = cluster.start([*submit, *command], cwd=workplace.folder)
     wait_for_checkpoint(workplace, run)
     cluster.kill_node("n2")
     cluster.start_node(3)
     output, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 0, output[-3000:]
-    return workplace, output
+    assert "nodes to run" in output
+    return workplace
 
 
 def wait_for_checkpoint(workplace: Workplace, run: subprocess.Popen[str]) -> None:
@@ -58,20 +59,18 @@ def wait_for_checkpoint(workplace: Workplace, run: subprocess.Popen[str]) -> Non
         time.sleep(0.1)
 
 
-def test_a_run_goes_from_submit_to_report_though_a_node_dies(on_ray: tuple[Workplace, str]):
-    workplace, _ = on_ray
-    assert set(workplace.states().values()) == {"done"}
-    assert (workplace.run_folder / "report.html").exists()
-    logs = [path.read_text() for path in (workplace.run_folder / "logs").glob("adapter*.log")]
+def test_a_run_goes_from_submit_to_report_though_a_node_dies(on_ray: Workplace):
+    assert set(on_ray.states().values()) == {"done"}
+    assert (on_ray.run_folder / "report.html").exists()
+    logs = [path.read_text() for path in (on_ray.run_folder / "logs").glob("adapter*.log")]
     assert any(re.search(r"continu\w+ after step", log) for log in logs)
 
 
-def test_the_result_is_that_of_the_same_plan_on_this_machine(on_ray: tuple[Workplace, str]):
-    workplace, _ = on_ray
-    code, output = workplace.launch(*PLAN, f"root={workplace.folder / 'local'}")
+def test_the_result_is_that_of_the_same_plan_on_this_machine(on_ray: Workplace):
+    code, output = on_ray.launch(*PLAN, f"root={on_ray.folder / 'local'}")
     assert code == 0, output[-3000:]
     for name in ("adapter", "merged", "scores", "rows"):
-        there, here = digests(workplace.folder / "runs", name), digests(workplace.folder / "local", name)
+        there, here = digests(on_ray.folder / "runs", name), digests(on_ray.folder / "local", name)
         assert there == here
         assert there
 
@@ -84,6 +83,21 @@ def digests(root: Path, stage: str) -> dict[str, str]:
             if name != "metrics.jsonl":
                 found[f"{path.parent.name}/{name}"] = entry["sha256"]
     return found
+
+
+def test_through_a_client_a_training_takes_the_processes_that_there_are(cluster: RayCluster, on_ray: Workplace):
+    """The third node is gone too: what is left holds one process, and the step is made of twice as many micro-steps."""
+    cluster.kill_node("n3")
+    recipe = [*TWO_RANKS, *LONG, "domain.files.num_shards=1", "train.learning_rate=1e-3"]
+    elastic = ["launcher.ray.min_workers=1", "launcher.ray.max_workers=2", "launcher.ray.wait_s=3"]
+    address = f"launcher.ray.address=ray://127.0.0.1:{CLIENT_PORT}"
+    run = cluster.start(on_ray.command(*recipe, "launcher=ray", address, *elastic), cwd=on_ray.folder)
+    output, _ = run.communicate(timeout=LIMIT_S)
+    assert run.returncode == 0, output[-3000:]
+    adapter = next(node for node in on_ray.summary["nodes"] if node["stage"] == "adapter")
+    manifest = json.loads((Path(adapter["folder"]) / "manifest.json").read_text())
+    assert manifest["execution"]["strategy"]["world_size"] == 2, "as planned"
+    assert manifest["made"]["processes"] == 1, "as it was"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])

@@ -11,14 +11,23 @@ import pytest
 
 from qlora_dist.artifacts import owner
 from qlora_dist.artifacts.store import Store
-from tests.launch.flight.flight import Flight, fly_ray
-
-BATCH = 125
+from tests.launch.flight.flight import FLIGHTS, Flight, fly_ray
 
 
-@pytest.mark.parametrize("batch", range(8))
-def test_flights_on_ray(batch: int):
-    wrong = [flight for seed in range(batch * BATCH, (batch + 1) * BATCH) if (flight := fly_ray(seed)).wrong]
+@pytest.mark.parametrize("cluster", FLIGHTS)
+def test_some_flights(cluster: str):
+    require_good(FLIGHTS[cluster], range(150))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(1, 5))
+@pytest.mark.parametrize("cluster", FLIGHTS)
+def test_flights_by_the_thousand(cluster: str, batch: int):
+    require_good(FLIGHTS[cluster], range(batch * 500, (batch + 1) * 500))
+
+
+def require_good(fly: Callable[[int], Flight], seeds: range) -> None:
+    wrong = [flight for seed in seeds if (flight := fly(seed)).wrong]
     assert not wrong, "\n\n".join(map(str, wrong[:3]))
 
 

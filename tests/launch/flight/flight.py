@@ -23,7 +23,7 @@ from tests.launch.flight.world import World, inside
 
 LONGEST_S = 12 * 3600.0
 """A plan that takes longer, in the world's own time, never ends."""
-POLL_S = 2.0
+POLL_S = 5.0
 NUM_NODES, CORES = 3, 2.0
 FAULTS_UNTIL_S = 400.0
 
@@ -166,6 +166,10 @@ def _count(store: Store, merged: Node, flight: Flight) -> None:
     records = sorted(int(record) for records in seen.values() for record in records)
     if records != list(range(NUM_RECORDS)):
         flight.wrong.append(f"records were lost or counted twice: {records}")
+
+
+FLIGHTS: dict[str, Callable[[int], Flight]] = {"ray": fly_ray}
+"""How to fly one seed, by the cluster that is simulated."""
 
 
 @contextmanager
