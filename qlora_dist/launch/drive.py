@@ -113,6 +113,8 @@ def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:
         console.print(compared)
     for note in (note for note in summary["notes"] if note not in plan.notes):
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+    if summary.get("sweep"):
+        console.print(Text(f"sweep    {summary['sweep']['text']}"), soft_wrap=True)
     console.print(f"report   {plan.folder / 'report.html'}", soft_wrap=True)
     console.print(f"summary  {plan.folder / 'summary.json'}", soft_wrap=True)
     if is_url(plan.root):

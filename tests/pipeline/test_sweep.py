@@ -1,6 +1,10 @@
 """A sweep as one command: every trial an artifact of its own, one chosen a shard, and nothing trained twice."""
 
 import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,3 +43,44 @@ def test_a_grid_trains_each_trial_once_chooses_one_and_a_rank_more_trains_that_o
     assert before.items() <= after.items(), "what was trained stays as it was"
     code, output = workplace.launch(*GRID[:1], "sweep.lora_rank=[2,4,8]", *GRID[2:])
     assert "Nothing to do" in output
+
+
+HALVING = ("sweep=halving", "sweep.lora_rank=[2,4]", "sweep.learning_rate=[1e-4,1e-3,4e-3]", "sweep.max_forgetting=9")
+FEW = ("domain.files.num_shards=1", "train.max_steps=9", "evaluate.max_answers=0")
+
+
+@pytest.mark.slow
+def test_a_halving_killed_and_run_again_has_the_same_winner_and_adapters_and_trains_nothing_twice(workplace):
+    store = workplace.folder / "runs" / "artifacts"
+    code, output = workplace.launch(*HALVING, *FEW)
+    assert code == 0, output
+    assert "is chosen" in output
+    whole = workplace.summary["sweep"]
+    assert whole["tokens"] < 0.5 * whole["grid_tokens"]
+    adapter = next(iter(adapters(workplace).values())) / "adapter_model.safetensors"
+    key, expected = adapter.parent.name, adapter.read_bytes()
+    for stage in ("halved", "rung", "adapter", "merged", "scores"):
+        shutil.rmtree(store / stage)
+    process = workplace.start(*HALVING, *FEW, "train.checkpoint_every_s=0")
+    wait_for(lambda: len(list(store.glob("rung/*/manifest.json"))) >= 6)
+    process.kill()
+    process.wait()
+    wait_for(lambda: str(workplace.folder) not in listed())
+    kept = {path: path.stat().st_mtime_ns for path in store.glob("rung/*/manifest.json")}
+    assert kept
+    code, output = workplace.launch(*HALVING, *FEW, "train.checkpoint_every_s=0")
+    assert code == 0, output
+    assert workplace.summary["sweep"] == whole
+    assert (store / "adapter" / key / "adapter_model.safetensors").read_bytes() == expected
+    assert all(path.stat().st_mtime_ns == made for path, made in kept.items()), "no rung is made again"
+
+
+def listed() -> str:
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def wait_for(holds: Callable[[], bool], longest_s: float = 300) -> None:
+    ends = time.monotonic() + longest_s
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
