@@ -46,7 +46,10 @@ def connected(config: RayConfig) -> Iterator[RayRuntime]:
         settings |= {"include_dashboard": False, "object_store_memory": LOCAL_STORE_BYTES}
     try:
         ray.init(address=address or "local", **settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except ray.exceptions.AuthenticationError as error:
+        repair = "Give this machine the cluster's token (RAY_AUTH_TOKEN_PATH), or its mode (RAY_AUTH_MODE)."
+        raise LaunchError(f"launcher.ray.address={config.address}: the cluster refuses the token. {repair}") from error
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise no_ray(config.address, str(error).splitlines()[0]) from error
     try:
         yield RayRuntime()
