@@ -230,8 +230,12 @@ def resolve_root(root: str) -> str:
     return str(Path(root.removeprefix("file://")).expanduser().resolve())
 
 
+def resolve_staging(staging: str) -> str:
+    """Returns the folder in which roots that are URLs are staged: a path that is the same on every machine."""
+    return str(Path(staging or "~/.cache/qlora_dist/staging").expanduser().resolve())
+
+
 def staging_folder(root: str, staging: str) -> Path:
     """Returns the folder of this machine in which a root that is a URL is staged: one of its own below `staging`."""
-    top = Path(staging).expanduser() if staging else Path("~/.cache/qlora_dist/staging").expanduser()
     name = re.sub(r"[^A-Za-z0-9]+", "-", root.rpartition("://")[2]).strip("-")
-    return top / f"{name[-40:]}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
+    return Path(resolve_staging(staging)) / f"{name[-40:]}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"

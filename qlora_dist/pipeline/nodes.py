@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qlora_dist.artifacts.leaves import folder_digest
-from qlora_dist.artifacts.remote import resolve_root
+from qlora_dist.artifacts.objects import is_url
+from qlora_dist.artifacts.remote import resolve_root, resolve_staging
 from qlora_dist.config import stages as told
 from qlora_dist.config.data import DomainConfig
 from qlora_dist.config.fields import everything
@@ -55,7 +56,8 @@ class _Planner:
     def __init__(self, config: RunConfig, command: str) -> None:
         self.config = config
         root, told = resolve_root(config.root), everything(config)
-        self.plan = Plan(experiment=config.name, root=root, command=command, config=told, staging=config.staging)
+        staging = resolve_staging(config.staging) if is_url(root) else ""
+        self.plan = Plan(experiment=config.name, root=root, command=command, config=told, staging=staging)
         self.domains: dict[str, DomainConfig] = {GENERAL: config.general, **config.domain}
         self.splits = {name: self._splits(name) for name in self.domains}
         self.tokenizer = self._tokenizer()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,8 +30,18 @@ STORE_BYTES = 80 << 20
 class RayCluster:
     """A head without CPUs of its own and some nodes, each a session of processes that can be killed as one."""
 
-    def __init__(self, *, num_cpus: int = 2, dashboard: bool = False, client_port: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        num_cpus: int = 2,
+        dashboard: bool = False,
+        client_port: int = 0,
+        private: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Says what the cluster is to be; of `private`, a folder, each node sees one of its own, empty at first."""
         self._num_cpus, self._dashboard, self._client_port = num_cpus, dashboard, client_port
+        self._private, self._more = private, dict(environment or {})
         # Short, since the paths of sockets below it end at 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="rc", dir="/tmp"))
         self._holder: subprocess.Popen[bytes] | None = None
@@ -42,6 +53,11 @@ class RayCluster:
         return f"127.0.0.1:{PORT}"
 
     @property
+    def nodes(self) -> list[str]:
+        """The names of what runs: the head, then the nodes."""
+        return list(self._nodes)
+
+    @property
     def dashboard(self) -> str:
         """Where jobs are submitted."""
         return f"http://127.0.0.1:{DASHBOARD_PORT}"
@@ -49,7 +65,7 @@ class RayCluster:
     @property
     def environment(self) -> dict[str, str]:
         """What a process inside needs to know."""
-        return os.environ | LIGHT | {"RAY_TMPDIR": str(self.folder), "GLOO_SOCKET_IFNAME": "lo"}
+        return os.environ | LIGHT | {"RAY_TMPDIR": str(self.folder), "GLOO_SOCKET_IFNAME": "lo"} | self._more
 
     def __enter__(self) -> RayCluster:
         try:
@@ -123,6 +139,9 @@ class RayCluster:
     def _launch(self, name: str, options: Sequence[str]) -> None:
         log = self.folder / f"{name}.log"
         argv = ["ray", "start", "--block", "--disable-usage-stats", f"--object-store-memory={STORE_BYTES}", *options]
+        if self._private and name != "head":
+            mount = f"mount -t tmpfs tmpfs {shlex.quote(str(self._private))} && exec {shlex.join(argv)}"
+            argv = ["unshare", "--mount", "sh", "-c", mount]
         environment: Mapping[str, str] = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
         with log.open("wb") as file:
             self._nodes[name] = subprocess.Popen(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -26,11 +27,29 @@ LONG = ["train.epochs=40", "train.max_steps=40", "train.checkpoint_every_s=0.3",
 PLAN = [*TRIALS, *TWO_RANKS, *LONG]
 LIMIT_S = 400
 CLIENT_PORT = 10001
+STAGING = Path("/tmp/qlora-dist-cluster-test")
+"""Each node sees a folder of its own here, as machines do that share none."""
+S3 = {
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:5555",
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+SERVE_S3 = """
+import s3fs, threading
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 5555, verbose=False)
+server.start()
+s3fs.S3FileSystem().mkdir("bucket")
+threading.Event().wait()
+"""
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with RayCluster(num_cpus=1, dashboard=True, client_port=CLIENT_PORT) as cluster:
+    STAGING.mkdir(exist_ok=True)
+    settings = {"num_cpus": 1, "dashboard": True, "client_port": CLIENT_PORT}
+    with RayCluster(**settings, private=STAGING, environment=S3) as cluster:
         cluster.start_node(1)
         cluster.start_node(2)
         yield cluster
@@ -90,19 +109,36 @@ def contents(root: Path, stage: str) -> dict[str, str]:
     return found
 
 
-def test_through_a_client_a_training_takes_the_processes_that_there_are(cluster: RayCluster, on_ray: Workplace):
-    """The third node is gone too: what is left holds one process, and the step is made of twice as many micro-steps."""
-    cluster.kill_node("n3")
-    recipe = [*TWO_RANKS, *LONG, "domain.files.num_shards=1", "train.learning_rate=1e-3"]
+@pytest.fixture
+def s3(cluster: RayCluster):
+    """A local S3 in the cluster's network."""
+    server = cluster.start([sys.executable, "-c", SERVE_S3])
+    yield "s3://bucket/runs"
+    server.kill()
+    server.wait()
+
+
+def test_without_a_shared_folder_a_training_takes_the_processes_that_there_are(
+    cluster: RayCluster, s3: str, tmp_path: Path
+):
+    """Through a client, with one node of one CPU: the step is made of twice as many micro-steps."""
+    for name in cluster.nodes[1:]:
+        cluster.kill_node(name)
+    cluster.start_node(4)
+    workplace = make_workplace(tmp_path)
+    recipe = [*TWO_RANKS, *LONG, "domain.files.num_shards=1", f"root={s3}", f"staging={STAGING}"]
     elastic = ["launcher.ray.min_workers=1", "launcher.ray.max_workers=2", "launcher.ray.wait_s=3"]
     address = f"launcher.ray.address=ray://127.0.0.1:{CLIENT_PORT}"
-    run = cluster.start(on_ray.command(*recipe, "launcher=ray", address, *elastic), cwd=on_ray.folder)
+    run = cluster.start(workplace.command(*recipe, "launcher=ray", address, *elastic), cwd=tmp_path)
     output, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 0, output[-3000:]
-    adapter = next(node for node in on_ray.summary["nodes"] if node["stage"] == "adapter")
+    assert f"kept at  {s3}/smoke" in output
+    [summary] = STAGING.rglob("summary.json")
+    adapter = next(node for node in json.loads(summary.read_text())["nodes"] if node["stage"] == "adapter")
     manifest = json.loads((Path(adapter["folder"]) / "manifest.json").read_text())
     assert manifest["execution"]["strategy"]["world_size"] == 2, "as planned"
     assert manifest["made"]["processes"] == 1, "as it was"
+    shutil.rmtree(STAGING)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
