@@ -10,7 +10,7 @@ import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from qlora_dist.config.launch import LauncherConfig
@@ -281,7 +281,7 @@ class RayLauncher:
         return bool(attempt.stopped_at) and now - attempt.stopped_at > GRACE_S
 
     def _conclude(self, name: str, attempt: Attempt) -> None:
-        job, code = self._jobs[name], attempt.code
+        job, code = replace(self._jobs[name], processes=attempt.size), attempt.code
         if attempt.grows and code:
             self._states[name] = State.waiting
         elif attempt.lost and code:
