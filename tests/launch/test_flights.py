@@ -11,19 +11,17 @@ import pytest
 
 from qlora_dist.artifacts import owner
 from qlora_dist.artifacts.store import Store
-from tests.launch.flight.flight import FLIGHTS, Flight, fly_ray
+from tests.launch.flight.flight import Flight, fly_ray
 
 
-@pytest.mark.parametrize("cluster", FLIGHTS)
-def test_some_flights(cluster: str):
-    require_good(FLIGHTS[cluster], range(150))
+def test_some_flights_on_ray():
+    require_good(fly_ray, range(150))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", range(1, 5))
-@pytest.mark.parametrize("cluster", FLIGHTS)
-def test_flights_by_the_thousand(cluster: str, batch: int):
-    require_good(FLIGHTS[cluster], range(batch * 500, (batch + 1) * 500))
+def test_flights_on_ray_by_the_thousand(batch: int):
+    require_good(fly_ray, range(batch * 500, (batch + 1) * 500))
 
 
 def require_good(fly: Callable[[int], Flight], seeds: range) -> None:

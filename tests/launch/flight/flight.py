@@ -46,7 +46,7 @@ class Flight:
 
 def fly_ray(seed: int, num_faults: int | None = None) -> Flight:
     """Flies one plan on a simulated Ray. `num_faults` overrides how many the seed would draw."""
-    with _world(seed) as (world, plan):
+    with simulated(seed) as (world, plan):
         flight = Flight(seed)
         ray = FakeRay(world, plan, NUM_NODES, CORES)
         bounds = {"min_workers": 1, "max_workers": 2} if world.chance.random() < 0.5 else {}
@@ -54,14 +54,14 @@ def fly_ray(seed: int, num_faults: int | None = None) -> Flight:
         calm = Calm()
         faults = world.chance.randint(0, 5) if num_faults is None else num_faults
         for _ in range(faults):
-            world.after(world.chance.uniform(0, FAULTS_UNTIL_S), _unless(calm, _drawn(world, ray)))
+            world.after(world.chance.uniform(0, FAULTS_UNTIL_S), unless(calm, _drawn(world, ray)))
         flight.first = _run(world, plan, RayLauncher(config, ray), flight)
         flight.happened = world.happened
-        _check(plan, flight, flight.first)
+        check(plan, flight, flight.first)
         if not all(state.is_good for state in flight.first.values()):
             calm.has_come, ray.silent_until, world.disk_full_until = True, 0.0, 0.0
             flight.second = _run(world, plan, RayLauncher(config, ray), flight)
-            _check(plan, flight, flight.second)
+            check(plan, flight, flight.second)
             unfinished = [name for name, state in flight.second.items() if not state.is_good]
             if unfinished:
                 flight.wrong.append(f"the same command again left {', '.join(unfinished)}")
@@ -76,7 +76,8 @@ class Calm:
     has_come: bool = False
 
 
-def _unless(calm: Calm, fault: Callable[[], None]) -> Callable[[], None]:
+def unless(calm: Calm, fault: Callable[[], None]) -> Callable[[], None]:
+    """Returns a fault that does not come any more once calm has."""
     return lambda: None if calm.has_come else fault()
 
 
@@ -140,7 +141,8 @@ def _run(world: World, plan: Plan, launcher: Launcher, flight: Flight) -> dict[s
     return states
 
 
-def _check(plan: Plan, flight: Flight, states: dict[str, State]) -> None:
+def check(plan: Plan, flight: Flight, states: dict[str, State]) -> None:
+    """Notes what of a flight is wrong: half an artifact, a record that is lost or counted twice, a traceback."""
     store = Store(Path(plan.root) / "artifacts")
     for word in plan.folder.glob("logs/*.failed.json"):
         if "fault of the program" in (said := json.loads(word.read_text())["message"]):
@@ -168,12 +170,9 @@ def _count(store: Store, merged: Node, flight: Flight) -> None:
         flight.wrong.append(f"records were lost or counted twice: {records}")
 
 
-FLIGHTS: dict[str, Callable[[int], Flight]] = {"ray": fly_ray}
-"""How to fly one seed, by the cluster that is simulated."""
-
-
 @contextmanager
-def _world(seed: int) -> Iterator[tuple[World, Plan]]:
+def simulated(seed: int) -> Iterator[tuple[World, Plan]]:
+    """Makes a world and a plan from a seed, inside the `with` block."""
     world = World(seed)
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     with ExitStack() as stack:
