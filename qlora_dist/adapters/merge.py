@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_dist.config.merge import MergeMethod
-from qlora_dist.config.stages import MergedConfig
+from qlora_dist.config.stages import MergedConfig, RoundsConfig
 from qlora_dist.runtime import Facts, write_json
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def merge_adapters(config: MergedConfig, inputs: Mapping[str, Path], out: Path) 
     from qlora_dist.adapters.rules import merge_rule
     from qlora_dist.adapters.streaming import merge_modules
 
+    if config.rounds is not None:
+        return merge_rounds(config.rounds, inputs, out)
     with open_adapters(adapter_inputs(inputs)) as adapters:
         weights = shares(adapters, config.merge.weights, config.shard_weights)
         rule = merge_rule(config.merge, list(weights.values()))
@@ -50,6 +52,15 @@ def merge_adapters(config: MergedConfig, inputs: Mapping[str, Path], out: Path) 
         write_json(out / MERGE_FILE, facts)
         write_joint_provenance(adapters, out)
     return {name: value for name, value in facts.items() if name != "modules"}
+
+
+def merge_rounds(config: RoundsConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
+    """Writes what workers that were averaged in rounds come to, and who took part in `merge.json`."""
+    from qlora_dist.adapters.outer import average_last_round
+
+    facts = average_last_round(config, inputs, out)
+    write_json(out / MERGE_FILE, facts)
+    return facts
 
 
 def adapter_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:

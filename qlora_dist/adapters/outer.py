@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_dist.config.merge import OuterConfig
+from qlora_dist.config.merge import MergeWeights, OuterConfig
+from qlora_dist.config.stages import RoundsConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.model.adapter import write_provenance
 from qlora_dist.model.peft_folder import CONFIG_FILE, WEIGHTS_FILE, PeftFolder
@@ -27,11 +28,40 @@ MOMENTUM_FILE, ROUND_FILE = "momentum.safetensors", "round.json"
 START = "start"
 
 
-def average_round(config: OuterConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
+def average_last_round(config: RoundsConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
+    """Writes the adapter that the workers' last round comes to.
+
+    Args:
+        config: who trained, and the outer step.
+        inputs: the workers, by label; each has in `start/` what the last round began with.
+        out: an empty folder.
+
+    Raises:
+        ModelError: if the workers' last rounds began with different adapters.
+    """
+    labels = [label for label in config.workers if label in inputs]
+    starts = {label: inputs[label] / START for label in labels}
+    bytes_of = {label: (start / WEIGHTS_FILE).read_bytes() for label, start in starts.items()}
+    for label in labels[1:]:
+        if bytes_of[label] != bytes_of[labels[0]]:
+            repair = "Delete both folders, and run the same command again."
+            raise ModelError(f"{labels[0]} and {label} began their last round with different adapters. {repair}")
+    facts = average_round(config, {START: starts[labels[0]], **{label: inputs[label] for label in labels}}, out)
+    (out / MOMENTUM_FILE).unlink()
+    with PeftFolder(out) as merged:
+        lora_rank = max(merged.rank(module) for module in merged.modules)
+        num_modules = len(merged.modules)
+    parts = [{"label": label, "weight": weight} for label, weight in facts["weights"].items()]
+    shape = {"lora_rank": lora_rank, "num_modules": num_modules, "num_rounds": facts["round"]}
+    rounds = [*facts["before"], _of_a_round(facts)]
+    return {"method": "rounds", "weights": config.weights.name, "parts": parts, "rounds": rounds, **shape}
+
+
+def average_round(config: RoundsConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
     """Writes the adapter that the next round starts from, and the momentum of the outer optimizer.
 
     Args:
-        config: the outer step.
+        config: who trains, how they are weighted, and the outer step.
         inputs: `start`, the adapter that this round began with, and one adapter for each worker that came back.
             A worker that died is left out; the round goes on with those present.
         out: an empty folder.
@@ -46,16 +76,18 @@ def average_round(config: OuterConfig, inputs: Mapping[str, Path], out: Path) ->
         raise ModelError("No worker of this round came back. Start the round again.")
     if absent:
         log.warning("the round goes on without %s", ", ".join(absent))
-    tokens = {label: _tokens(path, inputs[START]) for label, path in workers.items()}
-    weights = [tokens[label] / sum(tokens.values()) for label in workers]
+    counts = {label: _count(config, label, path, inputs[START]) for label, path in workers.items()}
+    weights = [counts[label] / sum(counts.values()) for label in workers]
     shutil.copyfile(inputs[START] / CONFIG_FILE, out / CONFIG_FILE)
-    moved = _write_step(config, inputs[START], list(workers.values()), weights, out)
+    moved = _write_step(config.outer, inputs[START], list(workers.values()), weights, out)
     before = inputs[START] / ROUND_FILE
+    earlier: Facts = read_json(before, "a round writes it") if before.exists() else {"round": 0}
     facts: Facts = {
-        "round": (read_json(before, "a round writes it")["round"] if before.exists() else 0) + 1,
+        "round": earlier["round"] + 1,
         "weights": dict(zip(workers, weights, strict=True)),
         "absent": absent,
         "moved": moved,
+        "before": [*earlier.get("before", []), *([_of_a_round(earlier)] if earlier["round"] else [])],
     }
     write_json(out / ROUND_FILE, facts)
     _write_provenance(workers, inputs[START], out)
@@ -111,6 +143,16 @@ def _check_same(files: Sequence[TensorFile]) -> None:
             name = next(n for n in sorted(first.keys() | other.keys()) if first.get(n) != other.get(n))
             shown = f"{name} is {other.get(name)}, in the start {first.get(name)}"
             raise ModelError(f"{file.path}: isn't of this round's start: {shown}.")
+
+
+def _of_a_round(facts: Facts) -> Facts:
+    return {name: facts[name] for name in ("round", "weights", "absent", "moved")}
+
+
+def _count(config: RoundsConfig, label: str, worker: Path, start: Path) -> float:
+    """Returns what a worker's share in the average is proportional to."""
+    tokens = _tokens(worker, start) if config.weights is MergeWeights.tokens else 1.0
+    return config.shard_weights.get(label, 1.0) * tokens
 
 
 def _tokens(worker: Path, start: Path) -> float:

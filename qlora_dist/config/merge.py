@@ -34,6 +34,14 @@ class MergeWeights(Enum):
 
 
 @dataclass(kw_only=True, slots=True)
+class OuterConfig:
+    """The outer Nesterov step of workers that are averaged from a shared start (DiLoCo, arXiv 2311.08105)."""
+
+    learning_rate: float = setting(0.9, above=0, at_most=2)
+    momentum: float = setting(0.5, at_least=0, below=1)
+
+
+@dataclass(kw_only=True, slots=True)
 class MergeConfig:
     """The merge method, the weights of its parts (they sum to one) and the scale of the whole.
 
@@ -43,6 +51,10 @@ class MergeConfig:
 
     With `compare`, these methods at these `scales`, and each part alone, are scored on development data; the one
     shipped wins the most among those that forget at most `max_forgetting` bits per byte of general text.
+
+    With `every_steps`, the adapters train together apart: they meet in rounds of at most that many steps, and go on
+    from their average, moved by the `outer` step. A round waits `wait_s` for a worker that gives no sign of life; a
+    worker that waits `patience_s` for one that isn't running gives its place away, and is run again.
     """
 
     method: MergeMethod = setting(MergeMethod.concat)
@@ -61,6 +73,10 @@ class MergeConfig:
     compare: list[MergeMethod] = setting(list)
     scales: list[float] = setting(list, above=0, at_most=10)
     max_forgetting: float = setting(0.1, at_least=0)
+    every_steps: int = setting(0, at_least=0)
+    outer: OuterConfig = setting(OuterConfig)
+    wait_s: float = execution(600.0, above=0)
+    patience_s: float = execution(30.0, above=0)
 
     def check(self, key: str) -> None:
         """Refuses a bound on an exact sum, and a truncation without one."""
@@ -72,12 +88,16 @@ class MergeConfig:
         if set(methods) == {MergeMethod.concat} and bounded:
             repair = f"Set {key}.method=svd for the best lower rank."
             raise bad_value(f"{key}.rank", self.rank, "0, with energy 0: concat is the exact sum", repair)
+        if self.every_steps:
+            self._check_rounds(key)
 
-
-@dataclass(kw_only=True, slots=True)
-class OuterConfig:
-    """The outer Nesterov step of workers that are averaged from a shared start; `workers` are who should come back."""
-
-    learning_rate: float = setting(0.9, above=0, at_most=2)
-    momentum: float = setting(0.5, at_least=0, below=1)
-    workers: list[str] = setting(list)
+    def _check_rounds(self, key: str) -> None:
+        if self.compare:
+            raise bad_value(
+                f"{key}.compare", self.compare[0].name, f"nothing with {key}.every_steps: one adapter is made"
+            )
+        if self.method is not MergeMethod.concat:
+            wanted = f"concat with {key}.every_steps: the workers are averaged from a shared start"
+            raise bad_value(f"{key}.method", self.method.name, wanted)
+        if self.weights in (MergeWeights.inverse_loss, MergeWeights.given):
+            raise bad_value(f"{key}.weights", self.weights.name, f"tokens or uniform with {key}.every_steps")

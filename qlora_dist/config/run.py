@@ -12,8 +12,8 @@ from qlora_dist.config.fields import execution, setting
 from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.config.merge import MergeConfig
 from qlora_dist.config.model import ModelConfig
-from qlora_dist.config.sweep import SweepConfig, check_sweep
-from qlora_dist.config.train import LoraConfig, StrategyConfig, TrainConfig, check_step, check_supported
+from qlora_dist.config.sweep import SweepConfig, SweepName, check_sweep
+from qlora_dist.config.train import LoraConfig, Method, StrategyConfig, TrainConfig, check_step, check_supported
 from qlora_dist.errors import bad_value
 
 
@@ -54,3 +54,7 @@ class RunConfig:
         check_step(self.train, self.strategy.world_size)
         check_supported(self.train, self.strategy)
         check_sweep(self.sweep, self.lora, self.train, self.seed, self.strategy.world_size)
+        if self.merge.every_steps and self.sweep.name is not SweepName.none:
+            raise bad_value("merge.every_steps", self.merge.every_steps, "0 with a sweep: a trial trains alone")
+        if self.merge.every_steps and self.train.method is Method.full:
+            raise bad_value("train.method", "full", "lora with merge.every_steps: adapters are averaged")

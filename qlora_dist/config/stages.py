@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from qlora_dist.config.data import DomainConfig, RenderConfig, ShardMode, SplitConfig
 from qlora_dist.config.evaluate import EvaluateConfig, TrackingConfig
 from qlora_dist.config.fields import execution, setting
-from qlora_dist.config.merge import MergeConfig
+from qlora_dist.config.merge import MergeConfig, MergeWeights, OuterConfig
 from qlora_dist.config.model import ModelConfig, TinyConfig
 from qlora_dist.config.sweep import TrialConfig
 from qlora_dist.config.train import LoraConfig, StrategyConfig, TrainConfig
@@ -93,15 +93,42 @@ class AdapterConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RoundsConfig:
+    """Who trains together apart, how often they are averaged, and by which step; `shard_weights` are relative."""
+
+    workers: list[str] = setting(list)
+    every_steps: int = 25
+    outer: OuterConfig = setting(OuterConfig)
+    weights: MergeWeights = MergeWeights.tokens
+    shard_weights: dict[str, float] = setting(dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerConfig(AdapterConfig):
+    """Stage `worker`: train one adapter on one shard's rows, averaged with the others in rounds.
+
+    `meeting` is the folder where they meet, on storage that all of them reach.
+    """
+
+    label: str = ""
+    rounds: RoundsConfig = setting(RoundsConfig)
+    meeting: str = execution("")
+    wait_s: float = execution(600.0)
+    patience_s: float = execution(30.0)
+
+
+@dataclass(kw_only=True, slots=True)
 class MergedConfig:
     """Stage `merged`: make one adapter out of several; `shard_weights` are relative, by the input's name.
 
     `model` is told to methods that run the base (regmean, learned), whose inputs are `base` and `rows-<label>` too.
+    With `rounds` the inputs are workers, and the last round's average is the adapter.
     """
 
     merge: MergeConfig = setting(MergeConfig)
     shard_weights: dict[str, float] = setting(dict)
     model: ModelConfig | None = None
+    rounds: RoundsConfig | None = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -63,6 +63,8 @@ class Job:
     nodes: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     any_node: bool = False
+    meets: bool = False
+    """It waits for others that meet it: they should run at the same time, though they share cores."""
     has_inputs: Callable[[], bool] = bool
     """Says whether all that any one of its nodes reads is there."""
     words: list[Path] = field(default_factory=list)

@@ -59,6 +59,7 @@ def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, m
         words=[plan.failure_path(node) for node in nodes],
         environment={"OMP_NUM_THREADS": str(max(1, cores // ranks))},
         cores=cores,
+        meets=stage.meets,
         gpus=min(ranks, machine.gpus) if stage.loads_model else 0,
         memory_bytes=(HEAVY_BYTES + 2 * model_bytes) * ranks if stage.loads_model else LIGHT_BYTES,
     )

@@ -67,6 +67,7 @@ class LocalLauncher:
         """Takes note of what has ended, skips what can't run any more, and starts what fits."""
         for name, process in list(self._processes.items()):
             if process.poll() is not None:
+                del self._states[name]  # one that is run again comes after those that wait already
                 self._states[name] = self._end_of(name, process.returncode)
                 del self._processes[name]
                 self._gpus.pop(name, None)
@@ -122,7 +123,8 @@ class LocalLauncher:
             return True
         return (
             len(running) < (self._config.max_parallel or len(self._jobs))
-            and sum(other.cores for other in running) + job.cores <= self._machine.cores
+            and sum(other.cores for other in running if not (job.meets and other.meets)) + job.cores
+            <= self._machine.cores
             and sum(other.memory_bytes for other in running) + job.memory_bytes <= self._machine.memory_bytes
             and sum(other.gpus for other in running) + job.gpus <= self._machine.gpus
         )

@@ -18,6 +18,7 @@ from qlora_dist.config.train import Method
 from qlora_dist.data.sources import leaf_digest, plan_parts
 from qlora_dist.errors import bad_value
 from qlora_dist.pipeline.plan import Node, Plan
+from qlora_dist.pipeline.together import add_workers, rounds_config
 from qlora_dist.pipeline.trials import ShardInputs, TrialPlanner, device_bytes
 
 GENERAL, DEVELOPMENT = "general", "validation"
@@ -34,7 +35,10 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
         ConfigError, DataError: if a source or the base can't be there.
     """
     planner = _Planner(config, command)
-    adapters = {label: node for name in config.domain for label, node in planner.adapters_of(name).items()}
+    if config.merge.every_steps:
+        adapters = planner.workers()
+    else:
+        adapters = {label: node for name in config.domain for label, node in planner.adapters_of(name).items()}
     if planner.trials is not None:
         planner.trials.pack()
     if config.train.method is Method.full:
@@ -42,6 +46,8 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
         models = adapters
     elif config.merge.compare:
         models = {"merged": planner.chosen(adapters)}
+    elif config.merge.every_steps:
+        models = {"merged": planner.merged(adapters)}
     else:
         models = {**adapters, "merged": planner.merged(adapters)}
     planner.scores("base", None)
@@ -67,31 +73,46 @@ class _Planner:
         self.trials = TrialPlanner(self.plan, config, device_bytes(config)) if is_swept else None
 
     def adapters_of(self, name: str) -> dict[str, Node]:
-        """Adds a domain's shards, and the rows and the adapter of each; returns the adapters by label."""
-        config, domain = self.config, self.domains[name]
-        shards_config = told.ShardsConfig(
-            domain=name, num_shards=domain.num_shards, shard_mode=domain.shard_mode, render=domain.render
-        )
-        inputs = {"tokenizer": self.tokenizer, "splits": self.splits[name]}
-        shards = self.plan.add("shards", name, shards_config, inputs=inputs)
-        adapters = {}
-        for shard in range(domain.num_shards):
-            label = f"{name}-{shard}"
+        """Adds the adapters of a domain's shards, and the rows of each; returns the adapters by label."""
+        config, shards = self.config, self._shards(name)
+        ranks, adapters = config.strategy.world_size, {}
+        for shard, label in enumerate(self._labels(name)):
             self.rows[label] = self._rows(label, shard, shards, config.train.row_tokens)
             if self.trials is None:
-                adapters[label] = self._adapter(label, name)
+                inputs = self._adapter_inputs(label, name)
+                adapters[label] = self.plan.add("adapter", label, self._recipe(), inputs=inputs, world_size=ranks)
             else:
                 adapters[label] = self.trials.add(self._shard_inputs(label, name, shard, shards))
         return adapters
 
-    def _adapter(self, label: str, domain: str) -> Node:
-        config = self.config
-        adapter_config = told.AdapterConfig(
-            model=config.model, lora=config.lora, train=config.train, strategy=config.strategy, seed=config.seed
+    def workers(self) -> dict[str, Node]:
+        """Adds the adapters of all shards as workers that are averaged in rounds; returns them by label."""
+        for name in self.config.domain:
+            shards = self._shards(name)
+            for shard, label in enumerate(self._labels(name)):
+                self.rows[label] = self._rows(label, shard, shards, self.config.train.row_tokens)
+        inputs = {
+            label: self._adapter_inputs(label, name) for name in self.config.domain for label in self._labels(name)
+        }
+        return add_workers(self.plan, self.config, self._recipe(), self._shard_weights(), inputs)
+
+    def _shards(self, name: str) -> Node:
+        domain = self.domains[name]
+        config = told.ShardsConfig(
+            domain=name, num_shards=domain.num_shards, shard_mode=domain.shard_mode, render=domain.render
         )
-        inputs = {"base": self.base, "tokenizer": self.tokenizer, "rows": self.rows[label]}
-        inputs["validation"] = self._held_out(domain, DEVELOPMENT)
-        return self.plan.add("adapter", label, adapter_config, inputs=inputs, world_size=config.strategy.world_size)
+        return self.plan.add("shards", name, config, inputs={"tokenizer": self.tokenizer, "splits": self.splits[name]})
+
+    def _labels(self, name: str) -> list[str]:
+        return [f"{name}-{shard}" for shard in range(self.domains[name].num_shards)]
+
+    def _recipe(self) -> told.AdapterConfig:
+        names = ("model", "lora", "train", "strategy", "seed")
+        return told.AdapterConfig(**{name: getattr(self.config, name) for name in names})
+
+    def _adapter_inputs(self, label: str, domain: str) -> dict[str, Node]:
+        held_out = self._held_out(domain, DEVELOPMENT)
+        return {"base": self.base, "tokenizer": self.tokenizer, "rows": self.rows[label], "validation": held_out}
 
     def _shard_inputs(self, label: str, domain: str, shard: int, shards: Node) -> ShardInputs:
         return ShardInputs(
@@ -111,7 +132,8 @@ class _Planner:
     def merged(self, adapters: Mapping[str, Node]) -> Node:
         """Adds the merge that the config names."""
         merge, inputs = self.config.merge, dict(adapters)
-        config = told.MergedConfig(merge=merge, shard_weights=self._shard_weights())
+        rounds = rounds_config(merge, self._shard_weights()) if merge.every_steps else None
+        config = told.MergedConfig(merge=merge, shard_weights=self._shard_weights(), rounds=rounds)
         if merge.method in CALIBRATED:
             config.model = self.config.model
             inputs |= {"base": self.base, **{f"rows-{label}": self.rows[label] for label in adapters}}

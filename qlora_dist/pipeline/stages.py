@@ -22,7 +22,10 @@ facts, or with the error that ended that one alone."""
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One kind of work. `version` is raised by hand when its function makes other bytes of the same recipe."""
+    """One kind of work. `version` is raised by hand when its function makes other bytes of the same recipe.
+
+    Nodes of a stage that `meets` wait for each other, so they should run at the same time.
+    """
 
     name: str
     config: type
@@ -31,6 +34,11 @@ class Stage:
     joint: str = ""
     loads_model: bool = False
     resumes: bool = False
+<<<<<<< HEAD
+=======
+    is_tracked: bool = False
+    meets: bool = False
+>>>>>>> d3f91ac (Train shards together apart: workers average their factors in rounds, through a folder, over any launcher)
 
     def load(self) -> StageFunction:
         """Imports the stage's function, and with it the libraries it needs."""
@@ -78,6 +86,15 @@ STAGES: dict[str, Stage] = {
             "qlora_dist.pipeline.halved:halve_trials",
             loads_model=True,
             resumes=True,
+        ),
+        Stage(
+            "worker",
+            told.WorkerConfig,
+            "qlora_dist.pipeline.rounds:train_worker",
+            loads_model=True,
+            resumes=True,
+            is_tracked=True,
+            meets=True,
         ),
         Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),
         Stage("chosen", told.ChosenConfig, "qlora_dist.pipeline.referee:choose_merge", loads_model=True),

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.adapters.outer import average_round, outer_step
-from qlora_dist.config.merge import OuterConfig
+from qlora_dist.config.merge import MergeWeights, OuterConfig
+from qlora_dist.config.stages import RoundsConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.model.adapter import read_provenance, write_provenance
 
 from .conftest import provenance
 
-MEAN = OuterConfig(learning_rate=1.0, momentum=0.0)
+MEAN = RoundsConfig(outer=OuterConfig(learning_rate=1.0, momentum=0.0))
 
 
 def moved(start: Path, name: str, by: float, tokens: int = 0) -> Path:
@@ -31,7 +32,7 @@ def moved(start: Path, name: str, by: float, tokens: int = 0) -> Path:
     return folder
 
 
-def run(config: OuterConfig, inputs: dict[str, Path], name: str) -> tuple[Path, dict]:
+def run(config: RoundsConfig, inputs: dict[str, Path], name: str) -> tuple[Path, dict]:
     out = inputs["start"].parent / name
     out.mkdir()
     return out, average_round(config, inputs, out)
@@ -60,6 +61,15 @@ def test_workers_count_by_the_tokens_of_this_round(make_adapter):
     assert read_provenance(out).trained_tokens == 500 + 100 + 300
 
 
+def test_workers_count_the_same_where_that_is_asked_and_domains_by_their_weight(make_adapter):
+    start = make_adapter("start", known=provenance(trained_tokens=500))
+    inputs = {"start": start, "a": moved(start, "a", 1.0, 600), "b": moved(start, "b", 3.0, 800)}
+    config = RoundsConfig(outer=MEAN.outer, weights=MergeWeights.uniform)
+    assert run(config, inputs, "uniform")[1]["weights"] == {"a": 0.5, "b": 0.5}
+    config = RoundsConfig(outer=MEAN.outer, shard_weights={"a": 3.0})
+    assert run(config, inputs, "weighted")[1]["weights"] == {"a": 0.5, "b": 0.5}
+
+
 def test_the_outer_step_is_pytorchs_nesterov():
     parameter = torch.nn.Parameter(torch.randn(5))
     sgd = torch.optim.SGD([parameter], lr=0.9, momentum=0.5, nesterov=True)
@@ -73,7 +83,7 @@ def test_the_outer_step_is_pytorchs_nesterov():
 
 
 def test_momentum_goes_on_from_the_folder(make_adapter):
-    config = OuterConfig(learning_rate=0.9, momentum=0.5)
+    config = RoundsConfig()
     start = make_adapter("start")
     first, facts = run(config, {"start": start, "a": moved(start, "a", 1.0)}, "first")
     assert facts["round"] == 1
@@ -86,7 +96,7 @@ def test_momentum_goes_on_from_the_folder(make_adapter):
 
 def test_the_round_goes_on_without_a_dead_worker_and_says_so(make_adapter, caplog):
     start = make_adapter("start")
-    config = OuterConfig(learning_rate=1.0, momentum=0.0, workers=["a", "b"])
+    config = RoundsConfig(outer=OuterConfig(learning_rate=1.0, momentum=0.0), workers=["a", "b"])
     out, facts = run(config, {"start": start, "a": moved(start, "a", 1.0)}, "out")
     assert facts["absent"] == ["b"]
     assert json.loads((out / "round.json").read_text())["absent"] == ["b"]
