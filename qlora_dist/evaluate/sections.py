@@ -9,8 +9,8 @@ from qlora_dist.evaluate import data_sections, lineage_sections, scored_sections
 from qlora_dist.evaluate.page import Section, Table, is_scalar, union_table
 from qlora_dist.evaluate.summary import RunView, mappings, number
 
-TRAINED_STAGES = ("tiny", "adapter", "halved")
-TOLD_STAGES = ("records", "tokenizer", "tiny", "base", "adapter", "merged", "chosen")
+TRAINED_STAGES = ("tiny", "adapter", "worker", "halved")
+TOLD_STAGES = ("records", "tokenizer", "tiny", "base", "adapter", "worker", "merged", "chosen")
 
 
 def report_sections(run: RunView) -> list[Section]:

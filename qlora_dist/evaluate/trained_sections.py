@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from qlora_dist.evaluate import figures
 from qlora_dist.evaluate.page import Section, Table, map_table, union_table
-from qlora_dist.evaluate.summary import NodeView, Row, RunView, mappings, number
+from qlora_dist.evaluate.summary import NodeView, Row, RunView, mapping, mappings, number
 
 
 def curves(run: RunView) -> Section | None:
@@ -33,15 +33,26 @@ def _points(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
 def merge(run: RunView) -> Section | None:
     """Shows what each merge is made of, and how its parts lie to each other."""
     section = Section("Merge")
-    for node in run.nodes_of("merged"):
+    for node in run.nodes_of("merged", "chosen"):
         parts = mappings(node.facts.get("parts"))
         names = [str(p.get("label", i)) for i, p in enumerate(parts)]
         values = [{k: v for k, v in p.items() if k != "label"} for p in parts]
         section.tables += union_table(f"{node.label}: parts", "part", list(zip(names, values, strict=True)))
+        _add_rounds(section, node, names)
         _add_cosines(section, node, names)
         _add_spectrum(section, node)
         section.tables += union_table(f"{node.label}: the whole", "merge", [(node.label, node.facts)])
     return section if section.tables else None
+
+
+def _add_rounds(section: Section, node: NodeView, names: list[str]) -> None:
+    """Adds who took part in each round, with which share, and how far the average moved."""
+    rows = []
+    for one in mappings(node.facts.get("rounds")):
+        shares = mapping(one.get("weights"))
+        rows.append([one.get("round"), one.get("moved"), *(shares.get(name, "absent") for name in names)])
+    if rows:
+        section.tables.append(Table(f"{node.label}: rounds", ["round", "moved", *names], rows))
 
 
 def _add_cosines(section: Section, node: NodeView, names: list[str]) -> None:
@@ -73,7 +84,7 @@ def _add_spectrum(section: Section, node: NodeView) -> None:
 def certificate(run: RunView) -> Section | None:
     """Shows the checks that each training passed before and after its first step."""
     tables = []
-    for node in run.nodes_of("adapter"):
+    for node in run.nodes_of("adapter", "worker"):
         checks = node.facts.get("certificate")
         if isinstance(checks, Mapping):
             checks = [{"check": k, **(v if isinstance(v, Mapping) else {"value": v})} for k, v in checks.items()]

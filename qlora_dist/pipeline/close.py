@@ -141,7 +141,7 @@ def _assessment(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, Any]:
 
 def _curves(plan: Plan, endings: Mapping[str, Ending]) -> dict[str, list[dict[str, float]]]:
     curves = {}
-    for stage in ("tiny", "adapter"):
+    for stage in ("tiny", "adapter", "worker"):
         for node in _finished(plan, endings, stage):
             path = plan.store.fetch(node.id) / "metrics.jsonl"
             if path.exists():

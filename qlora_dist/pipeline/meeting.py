@@ -78,12 +78,12 @@ class MeetingFolder:
         if number > self.latest():
             return None
         self._waits_since = None
-        return Answer(self.round_folder(number), step) if self._was_in(number) else self._late(number)
+        return Answer(self.round_folder(number), step) if self._can_follow(number) else self._late(number)
 
     def catch_up(self, step: int) -> Answer | None:
         """Returns the newest average if the round that `step` is in closed without this worker."""
         number = bisect_right(self._mine, step)
-        return self._late(number) if number <= self.latest() and not self._was_in(number) else None
+        return self._late(number) if number <= self.latest() and not self._can_follow(number) else None
 
     def makes_room(self) -> bool:
         """Says whether a worker has not run yet, or stopped to be run again, and was waited for long enough.
@@ -136,17 +136,18 @@ class MeetingFolder:
     def _handed_in(self, number: int) -> Path:
         return self.folder / "handed-in" / f"{number:04}"
 
+    def _can_follow(self, number: int) -> bool:
+        """Says whether a round's average is still there, with this worker's part in it."""
+        return (self.round_folder(number) / WEIGHTS_FILE).exists() and self._was_in(number)
+
     def _was_in(self, number: int) -> bool:
-        """Says whether a round's average is there, with this worker's part in it."""
-        folder = self.round_folder(number)
-        if not (folder / WEIGHTS_FILE).exists():
-            return False
-        return number == 0 or self.label in read_json(folder / ROUND_FILE, "a round writes it")["weights"]
+        told = read_json(self.round_folder(number) / ROUND_FILE, "a round writes it")
+        return number == 0 or self.label in told["weights"]
 
     def _late(self, number: int) -> Answer:
         latest = self.latest()
-        self.missed += range(number, latest + 1)
-        log.warning("round %d closed without %s; going on from round %d", number, self.label, latest)
+        self.missed += [n for n in range(number, latest + 1) if not self._was_in(n)]
+        log.warning("the others closed round %d and went on; %s joins them after round %d", number, self.label, latest)
         return Answer(self.round_folder(latest), self._mine[latest])
 
     def _absent(self, number: int) -> list[str]:

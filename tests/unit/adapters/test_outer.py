@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_dist.adapters.merge import merge_adapters
 from qlora_dist.adapters.outer import average_round, outer_step
 from qlora_dist.config.merge import MergeWeights, OuterConfig
-from qlora_dist.config.stages import RoundsConfig
+from qlora_dist.config.stages import MergedConfig, RoundsConfig
 from qlora_dist.errors import ModelError
 from qlora_dist.model.adapter import read_provenance, write_provenance
 
@@ -102,6 +103,24 @@ def test_the_round_goes_on_without_a_dead_worker_and_says_so(make_adapter, caplo
     assert json.loads((out / "round.json").read_text())["absent"] == ["b"]
     assert "without b" in caplog.text
     assert shift(start, out) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_last_round_is_the_merge_and_tells_of_all_rounds(make_adapter):
+    start = make_adapter("start")
+    first, _ = run(RoundsConfig(), {"start": start, "a": moved(start, "a", 1.0), "b": moved(start, "b", 1.0)}, "first")
+    workers = {name: moved(first, f"last-{name}", by) for name, by in (("a", 1.0), ("b", 3.0))}
+    for folder in workers.values():
+        shutil.copytree(first, folder / "start")
+    (start.parent / "merged").mkdir()
+    facts = merge_adapters(MergedConfig(rounds=RoundsConfig(workers=["a", "b"])), workers, start.parent / "merged")
+    assert shift(first, start.parent / "merged") == pytest.approx(0.9 * (2 + 0.5 * (2 + 0.5)), abs=1e-4)
+    assert [r["round"] for r in facts["rounds"]] == [1, 2]
+    assert {"adapter_config.json", "adapter_model.safetensors", "merge.json", "round.json"} == {
+        path.name for path in (start.parent / "merged").iterdir()
+    }
+    (workers["b"] / "start" / "adapter_model.safetensors").write_bytes(b"another")
+    with pytest.raises(ModelError, match="a and b began their last round with different adapters"):
+        merge_adapters(MergedConfig(rounds=RoundsConfig(workers=["a", "b"])), workers, start.parent / "merged")
 
 
 def test_a_round_without_workers_and_one_of_another_start_are_refused(make_adapter):
