@@ -34,11 +34,7 @@ class Stage:
     joint: str = ""
     loads_model: bool = False
     resumes: bool = False
-<<<<<<< HEAD
-=======
-    is_tracked: bool = False
     meets: bool = False
->>>>>>> d3f91ac (Train shards together apart: workers average their factors in rounds, through a folder, over any launcher)
 
     def load(self) -> StageFunction:
         """Imports the stage's function, and with it the libraries it needs."""
@@ -93,7 +89,6 @@ STAGES: dict[str, Stage] = {
             "qlora_dist.pipeline.rounds:train_worker",
             loads_model=True,
             resumes=True,
-            is_tracked=True,
             meets=True,
         ),
         Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from qlora_dist.artifacts.fingerprint import recipe_key
-from qlora_dist.artifacts.remote import is_url
+from qlora_dist.artifacts.objects import is_url
 from qlora_dist.config.fields import identity
 from qlora_dist.config.merge import MergeConfig
 from qlora_dist.config.run import RunConfig
