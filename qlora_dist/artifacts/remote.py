@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import uuid
@@ -27,7 +28,7 @@ from qlora_dist.artifacts.mirror import Mirror
 from qlora_dist.artifacts.objects import Objects, is_url
 from qlora_dist.artifacts.owner import OwnedError, owned
 from qlora_dist.artifacts.store import MANIFEST, Manifest, Store, damaged
-from qlora_dist.errors import ArtifactError
+from qlora_dist.errors import ArtifactError, Preempted
 
 LIFE = ".life"
 """The hidden file of a partial folder that says which owner worked in it last."""
@@ -210,6 +211,10 @@ def _partial(artifact_id: str) -> str:
 
 
 def _beat(lock: Lock, mirror: Mirror | None) -> None:
+    """Beats, and copies what is new; a process that another has passed over ends, before it writes over the other's."""
+    if not lock.is_mine():
+        print("error: another process took this artifact over: this one was silent for too long", flush=True)
+        os._exit(Preempted.exit_code)
     lock.beat()
     if mirror:
         mirror.push()
