@@ -1,4 +1,4 @@
-"""Merges that look at data: RegMean needs the layers' inputs, learned weights the loss, both on rows of the parts.
+"""Merges that look at data: RegMean at the layers' inputs, learned weights and soups at the loss, on rows of the parts.
 
 Inputs, besides the adapters by label: `base`, and for each label `rows-<label>`, packed rows that aren't held out
 for the final scores.
@@ -18,7 +18,7 @@ import torch
 
 from qlora_dist.adapters.algebra import Core, compress
 from qlora_dist.adapters.merge import BASE, ROWS
-from qlora_dist.adapters.methods import learned, regmean
+from qlora_dist.adapters.methods import greedy_soup, learned, regmean
 from qlora_dist.adapters.mixture import collect_grams, mixture, read_parts
 from qlora_dist.adapters.rules import ModuleFacts, Rule, merge_rule
 from qlora_dist.config.merge import MergeConfig, MergeMethod
@@ -49,7 +49,8 @@ def calibrated_rule(
     model = load_model(open_base(inputs[BASE]), config.model).eval().requires_grad_(False)
     if config.merge.method is MergeMethod.regmean:
         return _regmean_rule(config.merge, model, adapters, list(weights), rows), list(weights)
-    found = learn_weights(config.merge, model, adapters, rows)
+    is_soup = config.merge.method is MergeMethod.greedy_soup
+    found = (soup_weights if is_soup else learn_weights)(config.merge, model, adapters, rows)
     exact = MergeMethod.svd if config.merge.rank or config.merge.energy else MergeMethod.concat
     return merge_rule(replace(config.merge, method=exact), found), found
 
@@ -72,6 +73,25 @@ def learn_weights(
 
     start = 1 / len(adapters)
     return learned(len(adapters), loss, steps=merge.steps, learning_rate=merge.learning_rate, start=start)
+
+
+@torch.no_grad()
+def soup_weights(
+    merge: MergeConfig, model: torch.nn.Module, adapters: Sequence[PeftFolder], rows: Sequence[Rows]
+) -> list[float]:
+    """Returns the weights of a greedy soup by the mean loss over the rows: equal for who is in it, 0 for the others."""
+    parts = read_parts(adapters)
+    batches = [batch for part in rows for batch in batches_of(part, merge.calibration_rows, merge.seed)]
+    labels = [adapter.label for adapter in adapters]
+
+    def weights_of(chosen: Sequence[str]) -> list[float]:
+        return [float(label in chosen) / len(chosen) for label in labels]
+
+    def score(chosen: Sequence[str]) -> float:
+        with mixture(model, parts, torch.tensor(weights_of(chosen))):
+            return sum(float(completion_loss(model, batch)) for batch in batches) / len(batches)
+
+    return weights_of(greedy_soup(labels, score))
 
 
 def completion_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_dist.adapters.merge import MERGE_FILE, merge_adapters
+from qlora_dist.adapters.merge import BASE, CALIBRATED, MERGE_FILE, ROWS, merge_adapters
 from qlora_dist.config.fields import check
 from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
+from qlora_dist.config.model import ModelConfig
 from qlora_dist.config.stages import MergedConfig
 from qlora_dist.errors import ConfigError, ModelError, QloraDistError, bad_value, nearest
 from qlora_dist.runtime import Facts, quiet_libraries
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = find_folders(arguments.adapters)
         config = merged_config(arguments, list(folders))
         with whole_folder(Path(arguments.out)) as aside:
-            facts = merge_adapters(config, folders, aside)
+            facts = merge_adapters(config, folders | calibration(arguments, list(folders)), aside)
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -64,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--density", type=float, default=default.density, help="ties: share kept (default %(default)s)")
     p.add_argument("--drop", type=float, default=default.drop, help="dare: share dropped (default %(default)s)")
     p.add_argument("--seed", type=int, default=default.seed, help="dare: of the draw (default %(default)s)")
+    p.add_argument("--base", default="", metavar="DIR", help="regmean, learned, greedy_soup: a run's base artifact")
+    p.add_argument("--rows", default="", metavar="DIR", help="the same: packed rows, development data for greedy_soup")
     p.add_argument("--workers", type=int, default=default.workers, help="threads; 0: one a core")
     return p
 
@@ -113,9 +116,9 @@ def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> Merge
         raise bad_value(
             "--method", arguments.method, "a merge method", nearest(arguments.method, MergeMethod.__members__)
         )
-    if MergeMethod[arguments.method] in (MergeMethod.regmean, MergeMethod.learned):
-        repair = "Set merge.method in a run, which has the base and the rows."
-        raise bad_value("--method", arguments.method, "a method that needs the adapters alone", repair)
+    if MergeMethod[arguments.method] in CALIBRATED and not (arguments.base and arguments.rows):
+        repair = "Give --base and --rows, folders below runs/artifacts, or set merge.method in a run."
+        raise bad_value("--method", arguments.method, "--base and --rows with it: it looks at data", repair)
     weights, given = _weights(arguments.weights, labels)
     merge = MergeConfig(
         method=MergeMethod[arguments.method],
@@ -128,7 +131,14 @@ def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> Merge
         check(merge, "merge")
     except ConfigError as error:
         raise ConfigError(str(error).replace("merge.", "--")) from None
-    return MergedConfig(merge=merge, shard_weights=given)
+    return MergedConfig(merge=merge, shard_weights=given, model=ModelConfig() if arguments.base else None)
+
+
+def calibration(arguments: argparse.Namespace, labels: Sequence[str]) -> dict[str, Path]:
+    """Returns the base and the rows among a merge's inputs, where the method looks at data."""
+    if MergeMethod[arguments.method] not in CALIBRATED:
+        return {}
+    return {BASE: Path(arguments.base), **{f"{ROWS}{label}": Path(arguments.rows) for label in labels}}
 
 
 def _weights(text: str, labels: Sequence[str]) -> tuple[MergeWeights, dict[str, float]]:

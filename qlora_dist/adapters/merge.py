@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_dist.config.merge import MergeMethod
+from qlora_dist.config.merge import MergeConfig, MergeMethod
 from qlora_dist.config.stages import MergedConfig, RoundsConfig
 from qlora_dist.runtime import Facts, write_json
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BASE, ROWS = "base", "rows-"
 """The inputs of a merge that are no adapters: the base, and the rows of each label."""
+CALIBRATED = {MergeMethod.regmean, MergeMethod.learned, MergeMethod.greedy_soup}
+"""Merges that look at rows, and so need the base."""
 MERGE_FILE = "merge.json"
 """Says, beside the merged adapter, which parts it is made of, with which weights and ranks."""
 
@@ -38,14 +40,18 @@ def merge_adapters(config: MergedConfig, inputs: Mapping[str, Path], out: Path) 
 
     if config.rounds is not None:
         return merge_rounds(config.rounds, inputs, out)
-    with open_adapters(adapter_inputs(inputs)) as adapters:
-        weights = shares(adapters, config.merge.weights, config.shard_weights)
+    with open_adapters(adapter_inputs(inputs)) as opened:
+        weights = shares(opened, config.merge.weights, config.shard_weights)
         rule = merge_rule(config.merge, list(weights.values()))
-        if config.merge.method in (MergeMethod.regmean, MergeMethod.learned):
+        if config.merge.method in CALIBRATED:
             from qlora_dist.adapters.calibrated import calibrated_rule
 
-            rule, found = calibrated_rule(config, adapters, list(weights.values()), inputs)
+            rule, found = calibrated_rule(config, opened, list(weights.values()), inputs)
             weights = dict(zip(weights, found, strict=True))
+        if config.merge.method is MergeMethod.greedy_soup:
+            weights = {label: weight for label, weight in weights.items() if weight}
+            rule = merge_rule(replace(config.merge, method=_exact(config.merge)), list(weights.values()))
+        adapters = [adapter for adapter in opened if adapter.label in weights]
         modules = merge_modules(adapters, rule, out, config.merge.workers)
         told = {"method": config.merge.method.name, "weights": config.merge.weights.name}
         facts = told | describe(adapters, weights, config.merge.scale, modules)
@@ -61,6 +67,10 @@ def merge_rounds(config: RoundsConfig, inputs: Mapping[str, Path], out: Path) ->
     facts = average_last_round(config, inputs, out)
     write_json(out / MERGE_FILE, facts)
     return facts
+
+
+def _exact(merge: MergeConfig) -> MergeMethod:
+    return MergeMethod.svd if merge.rank or merge.energy else MergeMethod.concat
 
 
 def adapter_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:

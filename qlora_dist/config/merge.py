@@ -22,6 +22,7 @@ class MergeMethod(Enum):
     linear_ab = "linear_ab"
     regmean = "regmean"
     learned = "learned"
+    greedy_soup = "greedy_soup"
 
 
 class MergeWeights(Enum):
@@ -46,8 +47,9 @@ class MergeConfig:
     """The merge method, the weights of its parts (they sum to one) and the scale of the whole.
 
     `rank` and `energy` bound the lora_rank of the result (0: no bound); `density` is the share of entries that
-    `ties` and `knots_ties` keep, `drop` the share that `dare` drops, by `seed`. `regmean` and `learned` look at
-    `calibration_rows` rows of each part; `gram_keep` is RegMean's alpha, `steps` and `learning_rate` are of `learned`.
+    `ties` and `knots_ties` keep, `drop` the share that `dare` drops, by `seed`. `regmean`, `learned` and `greedy_soup`
+    look at `calibration_rows` rows of each part; `gram_keep` is RegMean's alpha, `steps` and `learning_rate` are of
+    `learned`.
 
     With `compare`, these methods at these `scales`, and each part alone, are scored on development data; the one
     shipped wins the most among those that forget at most `max_forgetting` bits per byte of general text.
@@ -82,6 +84,9 @@ class MergeConfig:
         """Refuses a bound on an exact sum, and a truncation without one."""
         bounded = self.rank > 0 or self.energy > 0
         methods = self.compare or [self.method]
+        if MergeMethod.greedy_soup in self.compare:
+            wanted = "methods that leave the development data to the referee"
+            raise bad_value(f"{key}.compare", "greedy_soup", wanted, f"Set {key}.method=greedy_soup without a referee.")
         if MergeMethod.svd in methods and not bounded:
             repair = f"Set {key}.rank=16 or {key}.energy=0.99."
             raise bad_value(f"{key}.rank", self.rank, "a bound for method svd, by rank or energy", repair)

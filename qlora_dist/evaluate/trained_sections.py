@@ -38,11 +38,31 @@ def merge(run: RunView) -> Section | None:
         names = [str(p.get("label", i)) for i, p in enumerate(parts)]
         values = [{k: v for k, v in p.items() if k != "label"} for p in parts]
         section.tables += union_table(f"{node.label}: parts", "part", list(zip(names, values, strict=True)))
+        _add_standings(section, node)
         _add_rounds(section, node, names)
         _add_cosines(section, node, names)
         _add_spectrum(section, node)
         section.tables += union_table(f"{node.label}: the whole", "merge", [(node.label, node.facts)])
     return section if section.tables else None
+
+
+def _add_standings(section: Section, node: NodeView) -> None:
+    """Adds the referee's candidates: gain on the domains and forgetting on development data, and who is shipped."""
+    standings, chosen = mappings(node.facts.get("standings")), node.facts.get("chosen")
+    if not standings:
+        return
+    domains = list(dict.fromkeys(d for s in standings for d in mapping(s.get("gain_by_domain"))))
+    columns = ["candidate", "gain", *domains, "forgetting", "on the front", "shipped"]
+    rows = []
+    for s in standings:
+        gains = [mapping(s.get("gain_by_domain")).get(d) for d in domains]
+        is_chosen = s.get("candidate") == chosen
+        rows.append([s.get("candidate"), s.get("gain"), *gains, s.get("forgetting"), s.get("on_front"), is_chosen])
+    section.tables.append(Table("Candidates on development data, bits per byte", columns, rows))
+    intervals = {name: mapping(node.facts.get(name)) for name in ("gain", "forgetting")}
+    shown = [[name, v.get("value"), v.get("low"), v.get("high")] for name, v in intervals.items() if v]
+    title = f"Shipped: {chosen} ({node.facts.get('reason')})"
+    section.tables.append(Table(title, ["bits per byte", "value", "low", "high"], shown))
 
 
 def _add_rounds(section: Section, node: NodeView, names: list[str]) -> None:

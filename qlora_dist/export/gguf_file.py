@@ -18,15 +18,17 @@ import torch
 from qlora_dist.errors import ModelError
 from qlora_dist.export.gguf_architecture import add_shape, gguf_arch, gguf_name, permuted, rope_factors, tensor_names
 from qlora_dist.export.gguf_tokenizer import add_tokenizer
+from qlora_dist.export.huggingface import Gain
 from qlora_dist.export.weights import MergedWeights
 from qlora_dist.model.peft_folder import PeftFolder
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _BLOCK_VALUES = 2**22
+_MEASURED_ROWS = 256  # of each layer at least: enough for its gain
 
 
-def write_gguf(weights: MergedWeights, out: Path, dtype: str, pre: str = "") -> None:
-    """Writes base + adapter as one GGUF file.
+def write_gguf(weights: MergedWeights, out: Path, dtype: str, pre: str = "") -> dict[str, Gain]:
+    """Writes base + adapter as one GGUF file, and returns the gain of each adapted layer.
 
     Args:
         weights: base and adapter.
@@ -50,11 +52,20 @@ def write_gguf(weights: MergedWeights, out: Path, dtype: str, pre: str = "") -> 
         sources: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]] = {}
         if (factors := rope_factors(weights.config)) is not None:
             sources["rope_freqs.weight"] = (tuple(factors.shape), lambda: factors)
+        whose: dict[str, str] = {}
         for name in weights.names:
             if not name.endswith("rotary_emb.inv_freq"):
                 read = _reader(weights, name)
                 sources[gguf_name(names, name)] = (weights.entry(name).shape, read)
-        _write_tensors(writer, sources, dtype)
+                whose[gguf_name(names, name)] = name
+        gains: dict[str, Gain] = {}
+
+        def seen(name: str, values: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], kind: Any) -> None:
+            if name in whose and (module := weights.module(whose[name])) is not None:
+                gains[module] = _gain(weights, whose[name], values, stored, kind)
+
+        _write_tensors(writer, sources, dtype, seen)
+    return gains
 
 
 def write_gguf_lora(adapter: PeftFolder, config: dict[str, Any], out: Path, dtype: str = "f32") -> None:
@@ -123,7 +134,10 @@ def _writer(out: Path, config: dict[str, Any]) -> Iterator[Any]:
 
 
 def _write_tensors(
-    writer: Any, sources: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]], dtype: str
+    writer: Any,
+    sources: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]],
+    dtype: str,
+    seen: Callable[[str, np.ndarray[Any, Any], np.ndarray[Any, Any], Any], None] | None = None,
 ) -> None:
     import gguf
 
@@ -139,8 +153,29 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for shape, read in sources.values():
-        writer.write_tensor_data(_encode(read().contiguous().numpy(), _kind(shape, dtype)))
+    for name, (shape, read) in sources.items():
+        values, kind = read().contiguous().numpy(), _kind(shape, dtype)
+        stored = _encode(values, kind)
+        if seen is not None:
+            seen(name, values, stored, kind)
+        writer.write_tensor_data(stored)
+
+
+def _gain(
+    weights: MergedWeights, name: str, values: np.ndarray[Any, Any], stored: np.ndarray[Any, Any], kind: Any
+) -> Gain:
+    """Returns how much of ΔW is in the rows that were stored, measured on some of them, evenly spread."""
+    import gguf
+
+    update = weights.update(name)
+    assert update is not None
+    rows = slice(None, None, max(1, values.shape[0] // _MEASURED_ROWS))
+    added = permuted(weights.config, name, update.B_OR)[rows] @ update.A_RI
+    merged = torch.from_numpy(values[rows])
+    kept = torch.from_numpy(gguf.quants.dequantize(stored[rows], kind).astype(np.float32))
+    base = merged - added
+    energy, base_energy = float(added.square().sum()), float(base.square().sum())
+    return Gain(float(((kept - base) * added).sum()), energy, base_energy)
 
 
 def _kind(shape: tuple[int, ...], dtype: str) -> Any:

@@ -93,9 +93,8 @@ def _write(arguments: argparse.Namespace, weights: MergedWeights, out: Path, dty
     from qlora_dist.export.gguf_file import write_gguf, write_gguf_lora
 
     if arguments.to == "gguf":
-        write_gguf(weights, out, dtype, arguments.tokenizer_pre)
-    else:
-        write_gguf_lora(weights.adapter, weights.config, out, dtype)
+        return write_gguf(weights, out, dtype, arguments.tokenizer_pre)
+    write_gguf_lora(weights.adapter, weights.config, out, dtype)
     return {}
 
 

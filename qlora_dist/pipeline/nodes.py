@@ -22,7 +22,7 @@ from qlora_dist.pipeline.together import add_workers, rounds_config
 from qlora_dist.pipeline.trials import ShardInputs, TrialPlanner, device_bytes
 
 GENERAL, DEVELOPMENT = "general", "validation"
-CALIBRATED = {MergeMethod.regmean, MergeMethod.learned}
+CALIBRATED = {MergeMethod.regmean, MergeMethod.learned, MergeMethod.greedy_soup}
 """Merges that look at the rows that each part was trained on."""
 
 
@@ -136,8 +136,14 @@ class _Planner:
         config = told.MergedConfig(merge=merge, shard_weights=self._shard_weights(), rounds=rounds)
         if merge.method in CALIBRATED:
             config.model = self.config.model
-            inputs |= {"base": self.base, **{f"rows-{label}": self.rows[label] for label in adapters}}
+            inputs |= {"base": self.base, **self._calibration("rows-", adapters)}
         return self.plan.add("merged", "all", config, inputs=inputs)
+
+    def _calibration(self, prefix: str, labels: Iterable[str]) -> dict[str, Node]:
+        """Returns the rows that a merge looks at: each part's own; for a soup, which chooses, development data."""
+        if self.config.merge.method is MergeMethod.greedy_soup:
+            return {f"{prefix}{n}": self._held_out(n.rpartition("-")[0], DEVELOPMENT) for n in labels}
+        return {f"{prefix}{label}": self.rows[label] for label in labels}
 
     def chosen(self, adapters: Mapping[str, Node]) -> Node:
         """Adds the referee: several merges compared on development data."""
@@ -151,7 +157,7 @@ class _Planner:
         inputs = {"base": self.base} | {f"adapter-{label}": node for label, node in adapters.items()}
         inputs |= {f"rows-{name}": self._held_out(name, DEVELOPMENT) for name in self.domains}
         if CALIBRATED & set(self.config.merge.compare):
-            inputs |= {f"calibration-{label}": self.rows[label] for label in adapters}
+            inputs |= self._calibration("calibration-", adapters)
         return self.plan.add("chosen", "all", config, inputs=inputs)
 
     def scores(self, name: str, adapter: Node | None) -> Node:

@@ -43,11 +43,20 @@ def choose_merge(config: ChosenConfig, inputs: Mapping[str, Path], out: Path) ->
     for number, (name, folder) in enumerate(folders.items(), 1):
         log.info("candidate %d/%d: %s", number, len(folders), name)
         rows += _development_rows(config, inputs, name, folder, out / "scores" / str(number))
-    verdict = judge(rows, forgetting_at_most=config.merge.max_forgetting)
+    verdict = judge(rows, forgetting_at_most=config.merge.max_forgetting) | _relations(out / "candidates")
     _keep(out, folders[verdict["chosen"]])
     write_json(out / REFEREE_FILE, verdict)
     told = json.loads((out / MERGE_FILE).read_text(encoding="utf-8")) if (out / MERGE_FILE).exists() else {}
-    return {name: value for name, value in told.items() if name != "modules"} | verdict
+    return verdict | {name: value for name, value in told.items() if name != "modules"}
+
+
+def _relations(candidates: Path) -> Facts:
+    """Returns how the parts lie to each other, whichever candidate is shipped."""
+    from qlora_dist.adapters.merge import MERGE_FILE
+
+    told = json.loads((candidates / "0" / MERGE_FILE).read_text(encoding="utf-8"))
+    parts = [{name: value for name, value in part.items() if name != "weight"} for part in told["parts"]]
+    return {"parts": parts, **{name: told[name] for name in ("cosines", "cross_energy", "spectrum")}}
 
 
 def candidate_merges(merge: MergeConfig) -> dict[str, MergeConfig]:

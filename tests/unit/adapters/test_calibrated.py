@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlora_dist.adapters.calibrated import batches_of, completion_loss
+from qlora_dist.adapters.command import main
 from qlora_dist.adapters.merge import merge_adapters
 from qlora_dist.adapters.mixture import mixture, read_parts
 from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
@@ -67,6 +68,20 @@ def test_learned_weights_are_better_than_the_mean_and_written(inputs, tmp_path):
     for module, found in dense(tmp_path / "out").items():
         update = sum(w * parts[module] for w, parts in zip(weights, wanted, strict=True))
         assert (found - update).norm() <= 1e-5 * update.norm()
+
+
+def test_a_soup_keeps_what_lowers_the_loss_and_drops_the_rest(inputs, tmp_path, capsys):
+    alone = [loss_of(inputs, [1.0, 0.0]), loss_of(inputs, [0.0, 1.0])]
+    both, best = loss_of(inputs, [0.5, 0.5]), min(alone)
+    wanted = ["good", "noise"] if both < best else [("good", "noise")[alone.index(best)]]
+    facts = merge(inputs, tmp_path / "out", method=MergeMethod.greedy_soup)
+    assert [part["label"] for part in facts["parts"]] == wanted
+    assert [part["weight"] for part in facts["parts"]] == [1 / len(wanted)] * len(wanted)
+    assert facts["lora_rank"] == 4 * len(wanted)
+    given = ["--base", str(inputs["base"]), "--rows", str(inputs["rows-good"]), "--weights", "uniform"]
+    folders = [str(inputs[label]) for label in ("good", "noise")]
+    assert main([*folders, "--method", "greedy_soup", *given, "--out", str(tmp_path / "told")]) == 0
+    assert "greedy_soup" in capsys.readouterr().out
 
 
 def test_regmean_runs_the_base_and_keeps_the_rank_of_the_sum(inputs, tmp_path):

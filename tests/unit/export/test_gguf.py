@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,19 @@ def test_smaller_dtypes_stay_within_their_rounding(llama, tmp_path, dtype, toler
     merged = exported(base, adapter, tmp_path / "merged.gguf", "--to", "gguf", "--dtype", dtype)
     found = LlamaCpp(merged).loss(tokens, 500, letter(base))
     assert found == pytest.approx(loss, rel=tolerance)
+
+
+def test_what_rounding_eats_is_said_with_the_repair(tmp_path, capsys):
+    base = save_model(tmp_path / "base", dtype="bfloat16")
+    adapter = save_adapter(tmp_path / "adapter", base, std=2e-4)
+    exported(base, adapter, tmp_path / "bf16.gguf", "--to", "gguf", "--dtype", "bf16", "--no-check")
+    told = capsys.readouterr().out
+    assert "export with --dtype f32" in told
+    exported(base, adapter, tmp_path / "hf", "--dtype", "bf16", "--no-check")
+    gain = re.search(r"gain: ([0-9.]+)%", told)
+    other = re.search(r"gain: ([0-9.]+)%", capsys.readouterr().out)
+    assert float(gain[1]) == pytest.approx(float(other[1]), abs=0.2), "the same rounding, the same gain"
+    exported(base, adapter, tmp_path / "f32.gguf", "--to", "gguf", "--dtype", "f32", "--no-check")
+    told = capsys.readouterr().out
+    assert "gain: 100.0%" in told
+    assert "warning" not in told

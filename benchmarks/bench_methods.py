@@ -1,0 +1,114 @@
+"""Merge methods on four real shards: gain on legal and code text, and what was forgotten, on development data.
+
+`python benchmarks/bench_methods.py` runs two plans over the same shards of the embedded base (`merge=referee` with all
+methods, and `merge=periodic`) and writes benchmarks/results/methods.md. `--root DIR` keeps what was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "methods.md"
+METHODS = ("concat", "svd", "ties", "dare", "tsv", "iso", "knots_ties", "linear_ab", "regmean", "learned")
+SCALES = (1.0, 1.5)
+RECIPE = (
+    "domain=[legal,code]",
+    "model=tiny",
+    "train=tiny",
+    "strategy=ddp",
+    "domain.legal.num_shards=2",
+    "domain.code.num_shards=2",
+    "train.max_steps=100",
+    "evaluate.max_rows=64",
+    "tracking=none",
+)
+
+
+def launch(root: str, name: str, *overrides: str) -> dict[str, Any]:
+    """Runs one plan and returns its summary."""
+    command = [sys.executable, "-m", "qlora_dist.launch", f"name={name}", f"root={root}", *RECIPE, *overrides]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return dict(json.loads((Path(root) / name / "summary.json").read_text()))
+
+
+def facts_of(summary: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Returns what a stage's node said."""
+    return next(dict(n["facts"]) for n in summary["nodes"] if n["stage"] == stage)
+
+
+def standing_lines(verdict: dict[str, Any]) -> list[str]:
+    """Returns a line for each candidate, the one with the most gain first."""
+    lines = []
+    for one in verdict["standings"]:
+        gains = " | ".join(f"{one['gain_by_domain'][d]:+.3f}" for d in ("legal", "code"))
+        marks = " ".join(
+            w for w, is_so in (("shipped", one["candidate"] == verdict["chosen"]), ("front", one["on_front"])) if is_so
+        )
+        lines.append(f"| {one['candidate']} | {one['gain']:+.3f} | {gains} | {one['forgetting']:+.3f} | {marks} |")
+    return lines
+
+
+def test_line(name: str, summary: dict[str, Any]) -> str:
+    """Returns a line of the sealed test set: what one merge gained on it."""
+    values = {(s["model"], s["domain"]): s["value"] for s in summary["scores"] if s["metric"] == "bits_per_byte"}
+    won = [values["base", d] - values["merged", d] for d in ("legal", "code", "general")]
+    return f"| {name} | {won[0]:+.3f} | {won[1]:+.3f} | {-won[2]:+.3f} |"
+
+
+def hardware() -> str:
+    """Returns what this ran on."""
+    import torch
+
+    told = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in told if line.startswith("model name")), "?")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores of {model}; {versions}; commit {commit.strip()}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", default="", help="where the runs go; else a folder that is removed")
+    arguments = parser.parse_args()
+    machine = hardware()
+    with tempfile.TemporaryDirectory() as aside:
+        root = arguments.root or aside
+        compared = f"merge.compare=[{','.join(METHODS)}]"
+        grid = f"merge.scales=[{','.join(map(str, SCALES))}]"
+        referee = launch(root, "referee", "merge=referee", compared, grid, "merge.rank=8", "merge.density=0.2")
+        periodic = launch(root, "periodic", "merge=periodic", "merge.every_steps=25")
+    verdict = facts_of(referee, "chosen")
+    rounds = facts_of(periodic, "merged")["rounds"]
+    text = [
+        "# Merge methods on four shards\n",
+        machine + "\n",
+        "Two shards of `legal` and two of `code`, one adapter each (rank 8, at most 100 steps, the embedded base),",
+        "merged by every method, weighted by tokens, cut to rank 8 where the method cuts (`concat` is exact, rank 32).",
+        "Bits per byte on development data: *gain* over the base is the mean of both domains, more is better;",
+        "*forgotten* is the loss on general text, less is better. As they came out; one seed, 64 rows of each set.\n",
+        "| candidate | gain | legal | code | forgotten | |",
+        "|---|---|---|---|---|---|",
+        *standing_lines(verdict),
+        f"\nShipped: {verdict['chosen']} ({verdict['reason']}); its gain is {verdict['gain']['value']:.3f}"
+        f" ({verdict['gain']['low']:.3f} to {verdict['gain']['high']:.3f}).\n",
+        "The sealed test set, read for what was shipped alone, beside the same shards trained together apart",
+        f"(`merge=periodic`, {len(rounds)} rounds, averaged every 25 steps at most):\n",
+        "| merge | legal | code | forgotten |",
+        "|---|---|---|---|",
+        test_line(f"referee: {verdict['chosen']}", referee),
+        test_line("periodic", periodic),
+    ]
+    RESULTS.write_text("\n".join(text) + "\n")
+    print(f"written: {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
