@@ -8,6 +8,13 @@ from qlora_dist.evaluate.summary import Row, RunView, mapping, mappings, number,
 
 SETTINGS = ("lora_rank", "lora_alpha", "learning_rate")
 METRIC = "validation_loss"
+FOUND = (
+    "validation_bits_per_byte",
+    *("low", "high", "forgetting", "forgets_too_much"),
+    *("over_best", "over_best_low", "over_best_high", "p_holm"),
+    *("state", "tokens", "chosen_by"),
+)
+"""What was found of a trial, in the order in which it is shown, after its settings."""
 
 
 def sweep(run: RunView) -> Section | None:
@@ -66,5 +73,5 @@ def _label(trial: Row, number: int) -> str:
 
 def _rest(trial: Row) -> Row:
     first = {key: trial[key] for key in SETTINGS if key in trial}
-    rest = {key: value for key, value in trial.items() if key not in ("label", "trial")}
-    return mapping(first | rest)
+    rest = {key: value for key, value in trial.items() if key not in ("label", "trial", *FOUND)}
+    return mapping(first | rest | {key: trial[key] for key in FOUND if key in trial})

@@ -132,7 +132,8 @@ class _Field:
         words = f"{best.name} has the fewest bits per byte of {len(self.allowed)} trials that forget at most {limit}; "
         if self.over and not self.corrected:
             return words + "there are too few documents to say how sure that is."
-        return words + self._beside_cheapest(min(self.ended, key=size), chosen)
+        cheapest = min(self.ended, key=lambda t: (*size(t), self.found[t.name].bits_per_byte))
+        return words + self._beside_cheapest(cheapest, chosen)
 
     def _beside_cheapest(self, cheapest: TrialConfig, chosen: TrialConfig) -> str:
         if size(self.best) == size(cheapest):

@@ -63,6 +63,17 @@ def test_of_those_not_distinguishable_from_the_best_the_smallest_is_chosen_and_i
     assert "not distinguishable from the cheapest, r4 (" in verdict["reason"]
 
 
+def test_the_cheapest_that_is_spoken_of_is_the_best_of_its_size():
+    found = {
+        "bad": documents(1.9, noise=0.02, seed=1),
+        "good": documents(1.401, noise=0.02, seed=2),
+        "large": documents(1.4, noise=0.02, seed=3),
+    }
+    verdict = choose(found, {"bad": 4, "good": 4, "large": 64})
+    assert verdict["winner"] == "good"
+    assert "not distinguishable from the cheapest, good (" in verdict["reason"]
+
+
 def test_a_middle_one_is_chosen_when_only_the_cheapest_is_clearly_worse():
     found = {
         "r4": documents(1.9, noise=0.02, seed=1),
