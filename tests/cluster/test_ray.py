@@ -112,7 +112,8 @@ def contents(root: Path, stage: str) -> dict[str, str]:
 @pytest.fixture
 def s3(cluster: RayCluster):
     """A local S3 in the cluster's network."""
-    server = cluster.start([sys.executable, "-c", SERVE_S3])
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # a pipe that nobody reads would block it
+    server = subprocess.Popen(cluster.command([sys.executable, "-c", SERVE_S3]), env=cluster.environment, **quiet)
     yield "s3://bucket/runs"
     server.kill()
     server.wait()
