@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from qlora_dist.config.data import DomainConfig, RenderConfig, ShardMode, SplitConfig
 from qlora_dist.config.evaluate import EvaluateConfig, TrackingConfig
+from qlora_dist.config.export import ExportConfig
 from qlora_dist.config.fields import execution, setting
 from qlora_dist.config.merge import MergeConfig, MergeWeights, OuterConfig
 from qlora_dist.config.model import ModelConfig, TinyConfig
@@ -195,3 +196,10 @@ class RungConfig:
     trial: TrialConfig = setting(TrialConfig)
     steps: int = 0
     max_rows: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportedConfig:
+    """Stage `export`: merge the shipped adapter into its base, in one format."""
+
+    export: ExportConfig = setting(ExportConfig)

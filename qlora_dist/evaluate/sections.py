@@ -10,7 +10,7 @@ from qlora_dist.evaluate.page import Section, Table, is_scalar, union_table
 from qlora_dist.evaluate.summary import RunView, mappings, number
 
 TRAINED_STAGES = ("tiny", "adapter", "worker", "halved")
-TOLD_STAGES = ("records", "tokenizer", "tiny", "base", "adapter", "worker", "merged", "chosen")
+TOLD_STAGES = ("records", "tokenizer", "tiny", "base", "adapter", "worker", "merged", "chosen", "export")
 
 
 def report_sections(run: RunView) -> list[Section]:

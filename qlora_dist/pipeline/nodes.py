@@ -10,6 +10,7 @@ from qlora_dist.artifacts.objects import is_url
 from qlora_dist.artifacts.remote import resolve_root, resolve_staging
 from qlora_dist.config import stages as told
 from qlora_dist.config.data import DomainConfig
+from qlora_dist.config.export import ExportFormat
 from qlora_dist.config.fields import everything
 from qlora_dist.config.merge import MergeMethod
 from qlora_dist.config.run import RunConfig
@@ -50,6 +51,9 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
         models = {"merged": planner.merged(adapters)}
     else:
         models = {**adapters, "merged": planner.merged(adapters)}
+    if config.export.format is not ExportFormat.none and "merged" in models:
+        needs = {"base": planner.base, "adapter": models["merged"]}
+        planner.plan.add("export", "merged", told.ExportedConfig(export=config.export), inputs=needs)
     planner.scores("base", None)
     for name, node in models.items():
         planner.scores(name, node)
@@ -255,7 +259,7 @@ def unread_keys(config: RunConfig, keys: Iterable[str]) -> list[str]:
     else:
         unread["model.revision"] = "the embedded base has no revision"
     if config.train.method is Method.full:
-        unread |= {"lora.": "train.method=full", "merge.": "train.method=full"}
+        unread |= {f"{group}.": "train.method=full" for group in ("lora", "merge", "export")}
     if not config.merge.compare:
         unread |= {"merge.scales": "merge.compare is empty", "merge.max_forgetting": "merge.compare is empty"}
     return [

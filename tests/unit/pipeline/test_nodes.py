@@ -118,6 +118,28 @@ def test_scoring_the_development_split_needs_no_second_rows(corpus: Path):
     assert names.count("rows/files-validation") == 1
 
 
+def test_an_export_reads_the_base_and_what_is_shipped(corpus: Path):
+    plan = plan_of(corpus, "export=gguf")
+    node = plan.node("export/merged")
+    assert {name: plan.node(id).name for name, id in node.inputs.items()} == {
+        "base": "base/tiny",
+        "adapter": "merged/all",
+    }
+    assert not [n for n in plan_of(corpus).names() if n.startswith("export")]
+
+
+def test_workers_read_the_rows_of_all_and_meet_in_one_folder(corpus: Path):
+    plan = plan_of(corpus, "merge=periodic", "domain.files.num_shards=2")
+    workers = [n for n in plan.nodes if n.stage == "worker"]
+    assert len(workers) == 2
+    assert len({n.config["meeting"] for n in workers}) == 1
+    assert all({f"rows-{w.label}" for w in workers} <= set(n.inputs) for n in workers)
+    assert set(plan.node("merged/all").inputs) == {w.label for w in workers}
+    assert not [n for n in plan.nodes if n.stage == "adapter"]
+    other = plan_of(corpus, "merge=periodic", "domain.files.num_shards=2", "merge.wait_s=5", "merge.patience_s=1")
+    assert [n.key for n in other.nodes] == [n.key for n in plan.nodes]
+
+
 def test_full_fine_tuning_plans_no_merge_and_says_so(corpus: Path):
     plan = plan_of(corpus, "train.method=full")
     assert not [n for n in plan.names() if n.startswith("merged")]
