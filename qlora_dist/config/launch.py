@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from qlora_dist.config.fields import execution
+from qlora_dist.config.slurm import SlurmConfig
 from qlora_dist.errors import bad_value
 
 
@@ -15,6 +16,7 @@ class LauncherName(Enum):
     """What starts the jobs."""
 
     local = "local"
+    slurm = "slurm"
     ray = "ray"
 
 
@@ -60,4 +62,5 @@ class LauncherConfig:
     retries: int = execution(2, at_least=0)
     retry_wait_s: float = execution(5.0, at_least=0)
     timeout_s: dict[str, float] = execution(dict, above=0)
+    slurm: SlurmConfig = execution(SlurmConfig)
     ray: RayConfig = execution(RayConfig)
