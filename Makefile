@@ -31,6 +31,7 @@ test-slow: setup  ## run the long tests too
 	$(BIN)/python -m pytest -m "slow and not gpu and not cluster" -n 2 --dist loadfile
 
 cluster-test: setup  ## run plans on real clusters that are started on this machine (wants root)
+	@tests/cluster/install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS),ray]'
 	$(BIN)/python -m pytest -m cluster -n 0 tests/cluster
 

@@ -90,7 +90,7 @@ def seconds_of(time: str, key: str) -> float:
         raise bad_value(key, time, "a time as Slurm writes it: 90 (minutes), 4:00:00 or 1-12:00:00")
     fields = [int(field) for field in found["fields"].split(":")]
     if found["days"]:
-        hours, minutes, seconds = (fields + [0, 0])[:3]
+        hours, minutes, seconds = [*fields, 0, 0][:3]
         return ((int(found["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
     if len(fields) == 3:
         return (fields[0] * 60 + fields[1]) * 60 + fields[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from qlora_dist.artifacts.owner import OwnedError, describe
 from qlora_dist.config.run import RunConfig
 from qlora_dist.errors import ArtifactError, LaunchError
 from qlora_dist.launch.base import Job, Launcher, State
+from qlora_dist.launch.closing import closing_job
 from qlora_dist.launch.jobs import make_jobs, node_states
 from qlora_dist.launch.open import opened
 from qlora_dist.launch.screen import Screen, clock, plan_table
+from qlora_dist.launch.slurm.shape import CLOSE
 from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed, serve_command
 from qlora_dist.pipeline.nodes import make_plan, unread_keys
 from qlora_dist.pipeline.plan import Plan, drift, read_plan
@@ -56,6 +58,8 @@ def run(config: RunConfig, command: str, console: Console) -> int:
         with opened(plan, config.launcher) as (launcher, machine):
             jobs = make_jobs(plan, to_run, machine, _model_bytes(plan))
             launcher.check(jobs)
+            if launcher.outlives and jobs:
+                jobs.append(closing_job(plan, jobs))
             _writable(plan.folder)
             with claimed(plan, f"launch {plan.experiment}"):
                 publish(plan, [plan.write()])
@@ -79,29 +83,43 @@ def _drive(plan: Plan, launcher: Launcher, jobs: Sequence[Job], console: Console
         try:
             for job in jobs:
                 launcher.submit(job)
-            while not all(state.has_ended for state in states.values()) or len(states) < len(plan.nodes):
-                states |= node_states(plan, jobs, launcher.poll())
+            told = launcher.poll()
+            while not all(told[job.name].has_ended for job in jobs):
+                states |= node_states(plan, jobs, told)
                 screen.update(states)
                 time.sleep(POLL_S)
+                told = launcher.poll()
         except KeyboardInterrupt:
             interrupted = True
-            launcher.cancel()
-            states |= node_states(plan, jobs, launcher.poll())
-            screen.update(states)
+            told = _leave(plan, launcher, console)
         except BaseException:
-            launcher.cancel()
+            if not launcher.outlives:
+                launcher.cancel()
             raise
+        states |= node_states(plan, jobs, told)
+        screen.update(states)
         seconds = dict(screen.seconds)
+    if interrupted:
+        return 130
     endings = {
         node.name: ending_of(plan, node, states[node.name].name, seconds.get(node.name, 0)) for node in plan.nodes
     }
-    if interrupted:
-        console.print("Interrupted. What is finished stays; the same command goes on from there.")
-        return 130
     _say_failures(plan, endings, console)
-    summary = close_run(plan, endings)
+    is_closed_there = told.get(CLOSE) is State.done
+    summary = _read_summary(plan) if is_closed_there else close_run(plan, endings)
     console.print(f"Took {clock(time.monotonic() - started)}.")
     return _show_results(plan, summary, console)
+
+
+def _leave(plan: Plan, launcher: Launcher, console: Console) -> Mapping[str, State]:
+    """Ends the jobs at an interrupt, or leaves them to run on where they do; returns their states."""
+    if launcher.outlives:
+        commands = f"python -m qlora_dist.status {plan.folder}, or python -m qlora_dist.cancel {plan.folder}"
+        console.print(f"The jobs go on without this command, to the report: {commands}", soft_wrap=True)
+        return {}
+    launcher.cancel()
+    console.print("Interrupted. What is finished stays; the same command goes on from there.")
+    return launcher.poll()
 
 
 def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:

@@ -30,8 +30,8 @@ def make_jobs(plan: Plan, to_run: Iterable[Node], machine: Machine, model_bytes:
     widths = {stage: len({node.job for node in plan.nodes if node.stage == stage}) for stage in STAGES}
     jobs = {}
     for name, nodes in grouped.items():
-        sharing = widths[nodes[0].stage] if machine.is_shared else 1
-        cores = max(1, machine.cores // sharing) if STAGES[nodes[0].stage].loads_model else 1
+        share = machine.cores // widths[nodes[0].stage] if machine.is_shared else machine.cores * nodes[0].world_size
+        cores = max(1, share) if STAGES[nodes[0].stage].loads_model else 1
         jobs[name] = _make_job(plan, nodes, machine, cores, model_bytes)
     for job in jobs.values():
         several = len(job.nodes) > 1 or any(len(jobs[other].nodes) > 1 for other in job.after if other in jobs)

@@ -29,6 +29,11 @@ def opened(plan: Plan, config: LauncherConfig) -> Iterator[tuple[Launcher, Machi
         with connected(config.ray) as runtime:
             yield RayLauncher(config, runtime), runtime.machine()
         return
+    if config.name is LauncherName.slurm:
+        from qlora_dist.launch.slurm.launcher import SlurmLauncher
+
+        yield SlurmLauncher(plan, config), Machine(config.slurm.cpus_per_rank, 0, is_shared=False)
+        return
     from qlora_dist.launch.local import LocalLauncher, this_machine
 
     machine = this_machine()

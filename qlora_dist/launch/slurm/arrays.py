@@ -94,7 +94,8 @@ class _Arranger:
             needs = [] if job.any_node else self._needs(job)
             by_array: dict[str, set[int]] = defaultdict(set)
             for place in needs:
-                by_array[place.array].add(place.task)
+                if len(self.arrays[place.array].tasks) > 1:
+                    by_array[place.array].add(place.task)
             for task in {place.task for place in needs}:
                 arrays = frozenset(array for array, tasks in by_array.items() if tasks == {task})
                 if arrays:

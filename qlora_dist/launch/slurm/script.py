@@ -54,9 +54,7 @@ def _title(shape: Shape) -> str:
     return f"Jobs of stage {shape.stage}" + (f", {shape.processes} processes{where}." if shape.processes > 1 else ".")
 
 
-def _directives(
-    shape: Shape, folder: Path, submission: Path, config: LauncherConfig, workdir: Path
-) -> Iterable[str]:
+def _directives(shape: Shape, folder: Path, submission: Path, config: LauncherConfig, workdir: Path) -> Iterable[str]:
     slurm = config.slurm
     seconds = shape.seconds(config)
     options = {
@@ -92,7 +90,10 @@ def _gres(shape: Shape, slurm: SlurmConfig) -> str:
 _TASK = """
 task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 submission={submission} logs={logs}
-[ -r "$submission/$1" ] || {{ echo "$submission/$1 can't be read on $(hostname): set root to a folder of all nodes"; exit 2; }}
+if [ ! -r "$submission/$1" ]; then
+    echo "$submission/$1 can't be read on $(hostname): set root to a folder that all nodes share"
+    exit 2
+fi
 IFS=$'\\t' read -r _ name nodes words < <(awk -F'\\t' -v i="$SLURM_ARRAY_TASK_ID" '$1 == i' "$submission/$1")
 exec >>"$logs/$name.log" 2>&1
 echo "== $(date -Is) job $task on $SLURM_JOB_NODELIST, life $((${{SLURM_RESTART_COUNT:-0}} + 1)): $nodes"
@@ -110,7 +111,7 @@ def _environment(shape: Shape, slurm: SlurmConfig) -> Iterable[str]:
 
 _RENDEZVOUS = [
     "",
-    '# The ranks stand in the order of the nodes; the first node is the master, on a port that is free there.',
+    "# The ranks stand in the order of the nodes; the first node is the master, on a port that is free there.",
     'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
     "port=$((10000 + SLURM_JOB_ID % 20000))",
     'while (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do port=$((port + 1)); done',
