@@ -9,11 +9,10 @@ import pytest
 
 pytest.importorskip("qlora_dist.launch.slurm.script", reason="there is no Slurm launcher")
 
-from qlora_dist.launch.slurm.script import sbatch_text
-from qlora_dist.launch.slurm.shape import shape_of
-
 from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.launch.base import Job
+from qlora_dist.launch.slurm.script import sbatch_text
+from qlora_dist.launch.slurm.shape import shape_of
 from tests.launch.flight.fake_slurm import ending
 from tests.launch.flight.slurm_flight import fly_slurm
 from tests.launch.test_flights import require_good

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora_dist.launch.slurm.arrays import Array
-
 from qlora_dist.errors import PeerLost, Preempted
 from qlora_dist.launch.base import Job
 from qlora_dist.launch.lives import MOST_LIVES
+from qlora_dist.launch.slurm.arrays import Array
 from qlora_dist.pipeline.plan import Plan
 from tests.launch.flight.world import Process, World, run_command
 

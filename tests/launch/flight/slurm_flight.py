@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qlora_dist.launch.slurm.arrays import arrange
-from qlora_dist.launch.slurm.shape import shape_of
-
 from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.launch.base import Machine, State
 from qlora_dist.launch.jobs import make_jobs
+from qlora_dist.launch.slurm.arrays import arrange
+from qlora_dist.launch.slurm.shape import shape_of
 from qlora_dist.pipeline.plan import Node, Plan
 from tests.launch.flight.fake_slurm import FakeSlurm, Task
 from tests.launch.flight.flight import (

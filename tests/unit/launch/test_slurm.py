@@ -165,5 +165,5 @@ def test_what_a_site_does_not_have_is_named(site: dict, said: str):
 
 @pytest.mark.parametrize("site", [{"memory": "lots"}, {"time": "noon"}, {"options": ["x"]}, {"container_image": "i"}])
 def test_site_settings_that_sbatch_could_not_read_are_refused(site: dict):
-    with pytest.raises(ConfigError, match="launcher.slurm"):
+    with pytest.raises(ConfigError, match=r"launcher\.slurm"):
         check(SlurmConfig(**site), "launcher.slurm")
