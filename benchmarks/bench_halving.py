@@ -203,6 +203,8 @@ def written(
             "in the median."
         )
     last = len(seeds[0].values[0]) - 1
+    good_ones = [sum(v[last] <= min(w[last] for w in s.values) * (1 + WITHIN) for v in s.values) for s in seeds]
+    chance = statistics.mean(good_ones) / len(config.trials)
     spread = [max(v[last] for v in s.values) / min(v[last] for v in s.values) - 1 for s in seeds]
     return f"""# Halving against the full grid
 
@@ -211,7 +213,8 @@ def written(
 {len(config.trials)} configurations (`{" ".join(GRID)}`), embedded base `{MODEL}`, legal texts of this machine, \
 `train={TRAIN}`: {steps} steps each, rungs at {", ".join(map(str, halving_of(config, steps).steps[0]))} steps, \
 eta {ETA}. Bits per byte of development data. The worst configuration is behind the best by {min(spread):.1%} to \
-{max(spread):.1%}.
+{max(spread):.1%}; {min(good_ones)} to {max(good_ones)} of {len(config.trials)} lie within {WITHIN:.1%} of the best, \
+so one picked at random would do in {chance:.0%} of seeds.
 
 {chr(10).join(summary)}
 

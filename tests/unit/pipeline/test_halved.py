@@ -85,7 +85,7 @@ class Shard:
         for path in self.root.glob("artifacts/base/*/base.json"):
             path.write_text(path.read_text().replace(str(made), str(self.root)))
 
-    def halve(self, *, ranks=RANKS, lanes=10, max_forgetting=9.0) -> Path:
+    def halve(self, *, ranks=RANKS, lanes=10, max_forgetting=9.0, first_rung_tokens=0) -> Path:
         plan, nodes = inputs_of(self.root)
         config = HalvedConfig(
             domain="legal",
@@ -93,6 +93,7 @@ class Shard:
             trials=trials(ranks),
             strategy=StrategyConfig(name=StrategyName.ddp),
             max_forgetting=max_forgetting,
+            first_rung_tokens=first_rung_tokens,
             lanes=lanes,
             batch_tokens=512,
             experiment="run",
@@ -164,6 +165,17 @@ def test_the_adapter_that_comes_to_the_end_is_the_one_that_is_trained_alone_unde
     alone, swept = load_file(tmp_path / "adapter_model.safetensors"), load_file(folder / "adapter_model.safetensors")
     for key, value in alone.items():
         assert (value - swept[key]).abs().max() < 1e-5
+
+
+def test_it_finds_what_training_all_to_the_end_finds_at_a_quarter_of_the_tokens(shard):
+    """With one rung, at the end of the budget, a halving is the full grid."""
+    halved, whole = verdict(shard.halve()), verdict(shard.halve(first_rung_tokens=STEPS * TOKENS))
+    assert whole["tokens"] == whole["grid_tokens"]
+    values = {row["trial"]: row["validation_bits_per_byte"] for row in whole["trials"]}
+    assert len(values) == 10
+    assert values[halved["best"]] <= 1.005 * min(values.values())
+    assert max(values.values()) > 1.05 * min(values.values()), "there was something to find"
+    assert halved["tokens"] <= 0.35 * halved["grid_tokens"]
 
 
 def test_decisions_are_those_of_the_recorded_curves(shard):
