@@ -26,8 +26,6 @@ RECIPE = (
     "strategy=ddp",
     "domain.legal.num_shards=2",
     "domain.code.num_shards=2",
-    "train.max_steps=100",
-    "evaluate.max_rows=64",
     "tracking=none",
 )
 
@@ -63,6 +61,11 @@ def test_line(name: str, summary: dict[str, Any]) -> str:
     return f"| {name} | {won[0]:+.3f} | {won[1]:+.3f} | {-won[2]:+.3f} |"
 
 
+def described(shape: dict[str, Any]) -> str:
+    """Returns a base's shape in words."""
+    return f"a Llama of {shape['num_hidden_layers']} layers, {shape['hidden_size']} wide, {shape['vocab_size']} tokens"
+
+
 def hardware() -> str:
     """Returns what this ran on."""
     import torch
@@ -76,24 +79,37 @@ def hardware() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="", help="a model folder in place of the embedded base")
+    parser.add_argument("--rows", type=int, default=64, help="rows of each held-out set")
+    parser.add_argument("--steps", type=int, default=100, help="the most that an adapter is trained")
     parser.add_argument("--root", default="", help="where the runs go; else a folder that is removed")
     arguments = parser.parse_args()
     machine = hardware()
     with tempfile.TemporaryDirectory() as aside:
         root = arguments.root or aside
+        common = [f"evaluate.max_rows={arguments.rows}", f"train.max_steps={arguments.steps}"]
+        common += [f"model.path={arguments.base}"] if arguments.base else []
+        looks = ["merge.calibration_rows=8", "merge.steps=10"]  # of regmean and learned
         compared = f"merge.compare=[{','.join(METHODS)}]"
         grid = f"merge.scales=[{','.join(map(str, SCALES))}]"
-        referee = launch(root, "referee", "merge=referee", compared, grid, "merge.rank=8", "merge.density=0.2")
-        periodic = launch(root, "periodic", "merge=periodic", "merge.every_steps=25")
+        referee = launch(
+            root, "referee", *common, "merge=referee", compared, grid, *looks, "merge.rank=8", "merge.density=0.2"
+        )
+        periodic = launch(root, "periodic", *common, "merge=periodic", "merge.every_steps=25")
+        base = next(Path(n["folder"]) for n in referee["nodes"] if n["stage"] == "base")
+        base = Path(json.loads((base / "base.json").read_text())["path"])
+        shape = json.loads((base / "config.json").read_text())
     verdict = facts_of(referee, "chosen")
     rounds = facts_of(periodic, "merged")["rounds"]
     text = [
         "# Merge methods on four shards\n",
         machine + "\n",
-        "Two shards of `legal` and two of `code`, one adapter each (rank 8, at most 100 steps, the embedded base),",
+        f"Two shards of `legal` and two of `code`, one adapter each (rank 8, at most {arguments.steps} steps),",
+        f"on {described(shape)},",
         "merged by every method, weighted by tokens, cut to rank 8 where the method cuts (`concat` is exact, rank 32).",
         "Bits per byte on development data: *gain* over the base is the mean of both domains, more is better;",
-        "*forgotten* is the loss on general text, less is better. As they came out; one seed, 64 rows of each set.\n",
+        "*forgotten* is the loss on general text, less is better. regmean and learned look at 8 rows of each part, the",
+        f"latter for 10 steps. As they came out: one seed, {arguments.rows} rows of each set.\n",
         "| candidate | gain | legal | code | forgotten | |",
         "|---|---|---|---|---|---|",
         *standing_lines(verdict),
