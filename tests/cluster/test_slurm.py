@@ -85,7 +85,8 @@ def on_slurm(cluster: Path, here: Workplace) -> Workplace:
     _, nodes = wait_for(lambda: running("adapter"))[0]
     dead = said("scontrol", "show", "hostnames", nodes).split()[-1]
     said(str(SCRIPT), "crash", "--dir", str(cluster), dead)
-    time.sleep(2)
+    # A node that is back before Slurm misses it keeps its job, which then waits for torchrun's exit barrier.
+    wait_for(lambda: "down" in said("sinfo", "-h", "-N", "-n", dead, "-o", "%t"), 90)
     said(str(SCRIPT), "boot", "--dir", str(cluster), dead)
     wait_for((here.run_folder / "summary.json").exists)
     wait_for(lambda: not said("squeue", "-h"), 60)
