@@ -123,8 +123,8 @@ def write_results(num_adapters: int, pairs: list[tuple[Took, Took]]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(
         f"# Scoring {num_adapters} adapters\n\n{__doc__}\n"
-        f"Llama, hidden 512, 6 layers, NF4, float32 arithmetic; adapters of rank 8; {NUM_ROWS} rows of {ROW_TOKENS} tokens; "
-        "one core.\n\n"
+        "Llama, hidden 512, 6 layers, NF4, float32 arithmetic; adapters of rank 8; "
+        f"{NUM_ROWS} rows of {ROW_TOKENS} tokens; one core.\n\n"
         "| way | processor s, median | least | most | wall s, median | least | most |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         + "".join(

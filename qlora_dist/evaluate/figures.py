@@ -53,6 +53,10 @@ def score_points(rows: Sequence[Mapping[str, Any]], metric: str, label: str) -> 
     made["layout"]["xaxis"] |= {"type": "category", "showgrid": False}
     if "higher is better" in label and all(0 <= r["value"] <= 1 for r in rows):
         made["layout"]["yaxis"] |= {"range": [-0.05, 1.05]}
+    else:
+        ends = [v for r in rows for key in ("low", "value", "high") if (v := number(r.get(key))) is not None]
+        room = 0.08 * (max(ends) - min(ends)) or 1.0
+        made["layout"]["yaxis"] |= {"range": [min(ends) - room, max(ends) + room]}
     return made
 
 
