@@ -78,6 +78,25 @@ def test_the_report_is_one_file_that_names_the_command(finished):
     assert '<link rel="stylesheet"' not in page
 
 
+def test_the_sealed_test_was_read_once_and_that_is_on_record(finished):
+    workplace, _, output = finished
+    summary = workplace.summary
+    assert {row["domain"]: row["before"] for row in summary["sealed"]} == {"files": [], "general": []}
+    assert set(summary["sealed"][0]["models"]) == {"files-0", "files-1", "merged"}
+    assert "had been read" not in output
+    page = (workplace.run_folder / "report.md").read_text()
+    assert "The sealed test was read once, for this choice alone." in page
+    assert "minus base, paired by document" in output
+
+
+def test_all_models_were_scored_by_one_job(finished):
+    workplace, _, _ = finished
+    nodes = [n for n in workplace.summary["nodes"] if n["stage"] == "scores"]
+    (log,) = {node["log"] for node in nodes}
+    assert Path(log).read_text().count("nodes to make at once") == 1
+    assert "4 of 4 nodes to make at once" in Path(log).read_text()
+
+
 def test_a_broken_line_is_listed_and_the_run_went_on(finished):
     workplace, code, _ = finished
     assert code == 0
