@@ -22,6 +22,15 @@ class Kind(Enum):
     classification = "classification"
 
 
+class Use(Enum):
+    """Which split a source's records go to: the one that chance gives each (`auto`), or all to one."""
+
+    auto = "auto"
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
 class ShardMode(Enum):
     """How a domain's training records are dealt to its shards."""
 
@@ -66,7 +75,9 @@ class SourceConfig:
 
     `fields` maps the names that a kind wants to the source's own columns, e.g. `{response: answer}`. Running text is
     divided at blank lines into passages of at least `passage_chars`, each a record (0: the text is one record).
-    `subset`, `split` and `revision` are for hub datasets. `licence` is carried to the rows and the report.
+    `use` sets a source aside: a test set of your own (`use: test`), or generated text that must not be held out
+    (`use: train`). `subset`, `split` and `revision` are for hub datasets. `licence` is carried to the rows and the
+    report.
     """
 
     path: str = execution("???")
@@ -74,6 +85,7 @@ class SourceConfig:
     kind: Kind = setting(Kind.auto)
     fields: dict[str, str] = setting(dict)
     passage_chars: int = setting(0, at_least=0)
+    use: Use = setting(Use.auto)
     licence: str = ""
     subset: str = execution("")
     split: str = execution("train")

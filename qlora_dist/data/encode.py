@@ -201,6 +201,18 @@ class Encoder:
         return template or PLAIN
 
 
+_OPEN: dict[tuple[str, str, int], Encoder] = {}
+
+
+def open_encoder(folder: Path, render: RenderConfig) -> Encoder:
+    """Returns the encoder of a tokenizer and a render config; a process opens each once, and again if it changes."""
+    times = [path.stat().st_mtime_ns for path in folder.glob("*")]
+    key = (str(folder), repr(render), max(times, default=0))
+    if key not in _OPEN:
+        _OPEN[key] = Encoder(folder, render)
+    return _OPEN[key]
+
+
 def tokenizer_digest(folder: Path) -> str:
     """Returns the SHA-256 of a tokenizer's file: rows name it, so that they are read with the one that made them."""
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

@@ -28,7 +28,8 @@ class Message(TypedDict):
 class Record:
     """One checked example: `text` for running text, `messages` for all that answers something.
 
-    `rejected` is the worse answer of a preference pair, whose better one ends `messages`.
+    `rejected` is the worse answer of a preference pair, whose better one ends `messages`. `use` names the split that
+    its source was set aside for.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Record:
     source: int = 0
     weight: float = 1.0
     licence: str = ""
+    use: str = ""
 
     def parts(self) -> list[str]:
         """Returns its pieces of text."""

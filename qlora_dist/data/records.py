@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_dist.config.data import SourceConfig
+from qlora_dist.config.data import SourceConfig, Use
 from qlora_dist.config.stages import RecordsConfig
 from qlora_dist.data.clean import DroppedError, clean, passages
 from qlora_dist.data.kinds import UnusableError, make_record
@@ -101,5 +101,6 @@ def _cleaned(
         broken = not isinstance(error, DroppedError)
         return Reject(file=record.file, line=record.line, reason=error.reason, detail=error.detail, broken=broken)
     record.weight, record.licence = source.weight, record.licence or source.licence
+    record.use = "" if source.use is Use.auto else source.use.value
     record.id = record.content_id()
     return record

@@ -1,12 +1,11 @@
-"""A record's tokens are cut into segments that fit a row, kept in a scratch file until their rows are known.
+"""A record's tokens are cut into segments that fit a row, kept in scratch files until their rows are known.
 
-N tokens of a record, S segments of a corpus.
+N tokens of a record, S segments of a block of records.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +16,6 @@ from qlora_dist.data.encode import Encoded
 
 PIECE = np.dtype([("length", "<i4"), ("record", "<i8"), ("trained_bytes", "<i8")])
 """What is known of a segment before it is packed."""
-
-BUFFERED_TOKENS = 2**21
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +52,32 @@ def cut(encoded: Encoded, row_tokens: int, start_id: int, *, is_text: bool, over
 
 
 class Scratch:
-    """Segments of a corpus on disk: written once in order, then read in any order; memory holds none of them."""
+    """The segments of one block of records on disk: written once in order, then read in any order."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._paths = [folder / name for name in ("tokens", "trained", "pieces")]
-        self._files = [path.open("wb+") for path in self._paths]
+    def __init__(self, name: Path, mode: str) -> None:
+        self._paths = {part: name.with_name(f"{name.name}.{part}") for part in ("tokens", "trained", "pieces")}
+        self._files = {part: path.open(mode) for part, path in self._paths.items()}
 
     def __enter__(self) -> Scratch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.close()
-        for path in self._paths:
-            path.unlink()
-        self._paths[0].parent.rmdir()
 
     def append(self, segment: Segment, record: int) -> None:
         """Adds a segment of record number `record`."""
-        tokens, trained, pieces = self._files
-        tokens.write(segment.tokens_N.astype("<u4").tobytes())
-        trained.write(segment.trained_N.astype(bool).tobytes())
-        pieces.write(np.array((len(segment.tokens_N), record, segment.trained_bytes), dtype=PIECE).tobytes())
+        self._files["tokens"].write(segment.tokens_N.astype("<u4").tobytes())
+        self._files["trained"].write(segment.trained_N.astype(bool).tobytes())
+        piece = np.array((len(segment.tokens_N), record, segment.trained_bytes), dtype=PIECE)
+        self._files["pieces"].write(piece.tobytes())
 
     def pieces(self) -> np.ndarray:
-        """Returns what is known of each segment, [S]: some 20 bytes a segment."""
-        for file in self._files:
-            file.flush()
-        return np.fromfile(self._paths[2], dtype=PIECE)
+        """Returns what is known of each segment [S], 20 bytes a segment."""
+        return np.fromfile(self._paths["pieces"], dtype=PIECE)
 
     def read(self, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens and marks of the segment that starts at token `offset` of all."""
-        tokens = os.pread(self._files[0].fileno(), 4 * length, 4 * offset)
-        trained = os.pread(self._files[1].fileno(), length, offset)
+        """Returns the tokens and marks of the segment that starts at token `offset` of the block."""
+        tokens = os.pread(self._files["tokens"].fileno(), 4 * length, 4 * offset)
+        trained = os.pread(self._files["trained"].fileno(), length, offset)
         return np.frombuffer(tokens, dtype="<u4"), np.frombuffer(trained, dtype=bool)
-
-
-def row_blocks(row_S: np.ndarray, num_rows: int, row_tokens: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields blocks of rows that fit in memory: first row, end row, first segment, end segment (segments by row)."""
-    step = max(1, BUFFERED_TOKENS // row_tokens)
-    for first in range(0, num_rows, step):
-        end = min(num_rows, first + step)
-        low, high = np.searchsorted(row_S, [first, end])
-        yield first, end, int(low), int(high)

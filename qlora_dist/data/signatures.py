@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from qlora_dist.config.data import Use
 from qlora_dist.data.record import Record
 from qlora_dist.data.words import WordHashes, mix
 
@@ -16,8 +18,11 @@ RUN_WORDS = 5
 SEED = 20_481
 INDEX = "index.bin"
 CHUNK = 2**15
-ENTRY = np.dtype([("id", "<u8"), ("words", "<u8"), ("context", "<u8"), ("signature", "<u4", (NUM_HASHES,))])
-"""One entry of `index.bin`; entry i belongs to line i of `records.jsonl`."""
+HEAD = np.dtype([("id", "<u8"), ("words", "<u8"), ("context", "<u8"), ("use", "u1")])
+ENTRY = np.dtype([*HEAD.descr, ("signature", "<u4", (NUM_HASHES,))])
+"""One entry of `index.bin`; entry i belongs to line i of `records.jsonl`. `use` is the number of a `Use`."""
+
+USES = [use.value for use in Use]
 
 
 def index_entries(records: Sequence[Record]) -> np.ndarray:
@@ -31,6 +36,7 @@ def index_entries(records: Sequence[Record]) -> np.ndarray:
 
     entries = np.zeros(len(records), dtype=ENTRY)
     entries["id"] = [int(record.id, 16) for record in records]
+    entries["use"] = [USES.index(record.use) if record.use else 0 for record in records]
     words, contexts = (WordHashes([f(r) for r in records]) for f in (Record.whole, Record.context))
     entries["words"] = np.where(words.num_N > 0, words.wholes(), mix(entries["id"]))
     entries["context"] = np.where(contexts.num_N > 0, contexts.wholes(), 0)
@@ -46,29 +52,37 @@ def index_entries(records: Sequence[Record]) -> np.ndarray:
     return entries
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`num` entries of one part, from its entry `start` on; the first has number `first` among those of all parts."""
+
+    path: Path
+    start: int
+    num: int
+    first: int
+
+    def entries(self) -> np.ndarray:
+        """Reads its entries, [num]."""
+        return np.fromfile(self.path, ENTRY, self.num, offset=self.start * ENTRY.itemsize)
+
+
 class Index:
-    """The entries of all parts of a domain, in order; signatures stay on disk."""
+    """The entries of all parts of a domain, in order; they stay on disk."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        self._files = [(folder / INDEX).open("rb") for folder in folders]
-        lengths = [os.fstat(file.fileno()).st_size // ENTRY.itemsize for file in self._files]
+        self._paths = [folder / INDEX for folder in folders]
+        lengths = [path.stat().st_size // ENTRY.itemsize for path in self._paths]
         self._ends = np.cumsum(lengths, dtype=np.int64)
-        names = ("id", "words", "context")
-        heads = [[entries[name].copy() for name in names] for _, entries in self.chunks()]
-        empty = np.zeros(0, dtype="<u8")
-        self.ids, self.words, self.contexts = (np.concatenate([empty, *(h[i] for h in heads)]) for i in range(3))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields the entries a few at a time, with the number of the first."""
-        start = 0
-        for file in self._files:
-            file.seek(0)
-            while len(entries := np.frombuffer(file.read(CHUNK * ENTRY.itemsize), dtype=ENTRY)):
-                yield start, entries
-                start += len(entries)
+    def chunks(self) -> list[Chunk]:
+        """Divides the entries into chunks that fit in memory, in order."""
+        found: list[Chunk] = []
+        for path, start, end in zip(self._paths, [0, *self._ends.tolist()], self._ends.tolist(), strict=False):
+            found += [Chunk(path, at - start, min(CHUNK, end - at), at) for at in range(start, end, CHUNK)]
+        return found
 
     def signatures(self, records: np.ndarray) -> np.ndarray:
         """Reads the signatures of these records [N] into an array [N, NUM_HASHES]."""
@@ -76,13 +90,10 @@ class Index:
         found = np.zeros((len(numbers), NUM_HASHES), dtype=np.uint32)
         parts = np.searchsorted(self._ends, numbers, side="right")
         skipped = np.append(0, self._ends)[parts]
-        head = ENTRY.itemsize - 4 * NUM_HASHES
-        for i, (part, number) in enumerate(zip(parts.tolist(), (numbers - skipped).tolist(), strict=True)):
-            raw = os.pread(self._files[part].fileno(), 4 * NUM_HASHES, number * ENTRY.itemsize + head)
-            found[i] = np.frombuffer(raw, dtype="<u4")
+        for part in np.unique(parts).tolist():
+            with self._paths[part].open("rb") as file:
+                handle = file.fileno()
+                for i in np.flatnonzero(parts == part).tolist():
+                    at = int(numbers[i] - skipped[i]) * ENTRY.itemsize + HEAD.itemsize
+                    found[i] = np.frombuffer(os.pread(handle, 4 * NUM_HASHES, at), dtype="<u4")
         return found[inverse]
-
-    def close(self) -> None:
-        """Closes its files."""
-        for file in self._files:
-            file.close()

@@ -12,37 +12,33 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_dist.config.data import Deduplicate, SplitConfig
+from qlora_dist.config.data import SplitConfig
 from qlora_dist.config.stages import SplitsConfig
-from qlora_dist.data.contamination import HeldOutRuns, Match
+from qlora_dist.data.blocks import Block, blocks_of, join_files
+from qlora_dist.data.decide import LEFT_OUT, SPLITS, Decisions, decide, fill_held_out
 from qlora_dist.data.formats import UNREADABLE
 from qlora_dist.data.integrity import check_splits
-from qlora_dist.data.near import clusters, exact_copies, near_copies
-from qlora_dist.data.record import Record, Reject, in_batches, parse_record
+from qlora_dist.data.overlap import Overlap
+from qlora_dist.data.record import Record, Reject, parse_record
 from qlora_dist.data.records import RECORDS, REJECTS, read_counts
 from qlora_dist.data.signatures import Index
-from qlora_dist.data.words import places
+from qlora_dist.data.workers import Workers
 from qlora_dist.errors import DataError
-from qlora_dist.runtime import Facts
+from qlora_dist.runtime import Facts, Progress
 
-SPLITS = ("train", "validation", "test")
 SHOWN_REJECTS = 5
+CONTAMINATION_WORDS = 13
+"""As in the GPT-3 paper (Brown et al. 2020, appendix C)."""
 
-
-@dataclass(frozen=True, slots=True)
-class Decisions:
-    """What becomes of each record [N]: its split's number, the record it is a copy of (-1: none), its cluster's id."""
-
-    split: np.ndarray
-    copy_of: np.ndarray
-    cluster: np.ndarray
+Counts = dict[str, Counter[str]]
+"""By split, and under `left_out` by reason: how many."""
 
 
 def write_splits(config: SplitsConfig, inputs: Mapping[str, Path], out: Path) -> Facts:
     """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` without copies, and `rejects.jsonl` with the rest.
 
-    Memory holds a batch of records and some 80 bytes a record. What was written is read again and checked
-    (`integrity.check_splits`).
+    Memory holds blocks of the corpus, one a core, and never the whole of anything; the same bytes come out for any
+    number of cores. What was written is read again and checked (`integrity.check_splits`).
 
     Raises:
         DataError: if too many examples were broken, too few records are left to divide, or a check fails.
@@ -53,11 +49,19 @@ def write_splits(config: SplitsConfig, inputs: Mapping[str, Path], out: Path) ->
     if not len(index):
         reasons = ", ".join(f"{reason} {n}" for reason, n in facts["reasons"].items()) or "the sources are empty"
         raise DataError(f"domain {config.domain}: no record is left ({reasons}).")
-    decisions = decide(index, config.split, out / "scratch")
-    decisions = _fill_held_out(config, decisions)
-    counts = _write(config.split, parts, index, decisions, out)
-    index.close()
-    return facts | counts | {"integrity": check_splits(out, config.split.near_threshold)}
+    scratch, steps = out / "scratch", Progress(4, unit="step")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    with Workers() as workers:
+        decisions = decide(index, config.split, scratch / "copies", workers)
+        fill_held_out(config.domain, config.split, decisions)
+        steps.update(1)
+        dealer = Dealer(config.split, decisions, blocks_of([part / RECORDS for part in parts]), scratch)
+        counts = dealer.write(out, workers, steps)
+        shutil.rmtree(scratch)
+        facts |= counts | {"integrity": check_splits(out, config.split.near_threshold, workers)}
+        steps.update(4)
+    return facts
 
 
 def check_rejects(domain: str, parts: Sequence[Path], max_share: float) -> Facts:
@@ -89,106 +93,113 @@ def check_rejects(domain: str, parts: Sequence[Path], max_share: float) -> Facts
     return {**total, "kinds": dict(sorted(kinds.items())), "reasons": dict(sorted(reasons.items()))}
 
 
-def decide(index: Index, config: SplitConfig, scratch: Path) -> Decisions:
-    """Decides about all records by their index entries alone.
+@dataclass(frozen=True, slots=True)
+class Dealer:
+    """Writes each block of records to the splits as it was decided, then takes contaminated ones out of training."""
 
-    With near-copies dropped, each kept record is a cluster of its own, or all records on one context are. Where
-    near-copies stay, what they link is a cluster. A cluster goes to one split as a whole.
-    """
-    exact = exact_copies(index.words)
-    if config.deduplicate is Deduplicate.near:
-        copy_of = near_copies(index, exact, config.near_threshold, scratch)
-        leader = np.arange(len(index))
-    else:
-        copy_of = exact if config.deduplicate is Deduplicate.exact else np.full(len(index), -1)
-        leader = clusters(index, exact, config.near_threshold, scratch)
-    shutil.rmtree(scratch, ignore_errors=True)
-    cluster = np.where(index.contexts > 0, index.contexts, index.ids)[leader]
-    place = places(cluster, "split")
-    is_held_out = place < config.test_share + config.validation_share
-    split = np.where(place < config.test_share, 2, np.where(is_held_out, 1, 0))
-    return Decisions(split, copy_of, cluster)
+    config: SplitConfig
+    decisions: Decisions
+    blocks: Sequence[Block]
+    folder: Path
 
+    def write(self, out: Path, workers: Workers, steps: Progress) -> Facts:
+        """Writes the splits and the rejects, and returns their counts."""
+        counts: Counts = {name: Counter() for name in (*SPLITS, "left_out")}
+        dealt = list(workers.map(self._deal, self.blocks))
+        for name, found in (item for more in dealt for item in more.items()):
+            counts[name].update(found)
+        for name in ("validation", "test"):
+            join_files([self._path(name, block) for block in self.blocks], out / f"{name}.jsonl")
+        steps.update(2)
+        trained = [self._block(block, more["train"]["records"]) for block, more in zip(self.blocks, dealt, strict=True)]
+        held_out = blocks_of([out / "test.jsonl", out / "validation.jsonl"])
+        overlap = Overlap(
+            held_out, trained, Record.prompts_and_answers, CONTAMINATION_WORDS, self.folder / "contamination"
+        )
+        tasks = [(block, matches, held_out) for block, matches in zip(trained, overlap.find(workers), strict=True)]
+        contaminated = 0
+        for num, dropped in workers.map(self._drop, tasks):
+            contaminated += num
+            counts["train"].subtract(dropped)
+            counts["left_out"].update({"contaminated": dropped["records"]} if dropped else {})
+        join_files([self._path("train", block) for block in self.blocks], out / "train.jsonl")
+        join_files([self._path("rejects", block) for block in self.blocks], out / REJECTS)
+        steps.update(3)
+        splits = {name: dict(sorted((+counts[name]).items())) for name in SPLITS}
+        return {"splits": splits, "left_out": dict(sorted(counts["left_out"].items())), "contaminated": contaminated}
 
-def _fill_held_out(config: SplitsConfig, decisions: Decisions) -> Decisions:
-    """Gives a held-out set that chance left empty the cluster that was drawn closest to it.
+    def _path(self, name: str, block: Block) -> Path:
+        return self.folder / f"{name}-{block.number}"
 
-    Raises:
-        DataError: if there are too few clusters.
-    """
-    split = decisions.split.copy()
-    shares = {2: config.split.test_share, 1: config.split.validation_share}
-    kept = decisions.copy_of < 0
-    for number in [n for n, share in shares.items() if share and not (kept & (split == n)).any()]:
-        train = np.unique(decisions.cluster[kept & (split == 0)])
-        if len(train) < 2:
-            repair = f"Add records, or set {SPLITS[number]}_share=0."
-            found = len(np.unique(decisions.cluster[kept]))
-            raise DataError(f"domain {config.domain}: {found} distinct records can't be divided. {repair}")
-        closest = train[np.argmin(places(train, "split"))]
-        split[decisions.cluster == closest] = number
-    return Decisions(split, decisions.copy_of, decisions.cluster)
+    def _block(self, block: Block, num: int) -> Block:
+        path = self._path("train", block)
+        return Block(block.number, path, 0, path.stat().st_size, 0, num)
 
+    def _deal(self, block: Block) -> Counts:
+        """Writes the records of a block to a file for each split and one for rejects."""
+        counts: Counts = {name: Counter() for name in (*SPLITS, "left_out")}
+        made = self.decisions.made.read(block.first, block.num)
+        heads = self.decisions.heads.read(block.first, block.num)
+        is_copy = made["copy_of"] >= 0
+        originals = self.decisions.heads.get(made["copy_of"][is_copy])
+        original = dict(zip(np.flatnonzero(is_copy).tolist(), originals, strict=True))
+        with ExitStack() as stack:
+            files = {
+                name: stack.enter_context(self._path(name, block).open("w", encoding="utf-8"))
+                for name in (*SPLITS, "rejects")
+            }
+            for i, line in enumerate(block.lines()):
+                record = parse_record(line)
+                if i in original or made["split"][i] == LEFT_OUT:
+                    reason = _copy(heads[i], original[i]) if i in original else _joined_by(record)
+                    counts["left_out"][reason[0]] += 1
+                    files["rejects"].write(_reject(record, *reason).to_line())
+                    continue
+                name = SPLITS[made["split"][i]]
+                record.cluster = f"{made['cluster'][i]:016x}"
+                counts[name].update(_counted(record))
+                files[name].write(record.to_line())
+        return counts
 
-def _held_out_runs(parts: Sequence[Path], decisions: Decisions) -> HeldOutRuns:
-    runs = HeldOutRuns()
-    is_held_out = (decisions.copy_of < 0) & (decisions.split > 0)
-    for i, line in enumerate(_lines(parts)):
-        if is_held_out[i]:
-            record = parse_record(line)
-            runs.add(record.id, record.prompts_and_answers())
-    runs.finish()
-    return runs
-
-
-def _write(config: SplitConfig, parts: Sequence[Path], index: Index, decisions: Decisions, out: Path) -> Facts:
-    runs = _held_out_runs(parts, decisions)
-    counts = {name: Counter[str]() for name in SPLITS}
-    left_out: Counter[str] = Counter()
-    contaminated, number = 0, 0
-    with ExitStack() as stack:
-        files = {name: stack.enter_context((out / f"{name}.jsonl").open("w", encoding="utf-8")) for name in SPLITS}
-        rejects = stack.enter_context((out / REJECTS).open("w", encoding="utf-8"))
-        for batch in in_batches(map(parse_record, _lines(parts))):
-            for record, match in zip(batch, runs.matches([r.prompts_and_answers() for r in batch]), strict=True):
-                name = SPLITS[decisions.split[number]]
-                reason = _copy(index, decisions, number)
-                if not reason and name == "train" and match and match.contained >= config.contamination_share:
-                    contaminated += 1
-                    reason = _contaminated(match) if config.drop_contaminated else None
-                if reason:
-                    left_out[reason[0]] += 1
-                    reject = Reject(
-                        file=record.file, line=record.line, reason=reason[0], detail=reason[1], broken=False
-                    )
-                    rejects.write(reject.to_line())
-                else:
-                    record.cluster = f"{decisions.cluster[number]:016x}"
-                    _count(counts[name], record)
-                    files[name].write(record.to_line())
-                number += 1
-    splits = {name: dict(sorted(counts[name].items())) for name in SPLITS}
-    return {"splits": splits, "left_out": dict(sorted(left_out.items())), "contaminated": contaminated}
-
-
-def _count(counts: Counter[str], record: Record) -> None:
-    counts["records"] += 1
-    counts["bytes"] += sum(len(part.encode()) for part in record.parts())
-    counts[f"source {record.source}"] += 1
-    if record.licence:
-        counts[f"licence {record.licence}"] += 1
-
-
-def _copy(index: Index, decisions: Decisions, number: int) -> tuple[str, str] | None:
-    original = int(decisions.copy_of[number])
-    if original < 0:
-        return None
-    is_exact = index.words[number] == index.words[original]
-    return "exact copy" if is_exact else "near copy", f"of {index.ids[original]:016x}"
+    def _drop(self, task: tuple[Block, np.ndarray, Sequence[Block]]) -> tuple[int, Counter[str]]:
+        """Takes contaminated records out of a block's training records; returns how many are, and what was dropped."""
+        block, matches, held_out = task
+        matches = matches[matches["contained"] >= self.config.contamination_share]
+        dropped: Counter[str] = Counter()
+        if not len(matches) or not self.config.drop_contaminated:
+            return len(matches), dropped
+        found = {int(match["line"]): match for match in matches}
+        aside = block.path.with_name(f"{block.path.name}.aside")
+        with aside.open("wb") as kept, self._path("rejects", block).open("a", encoding="utf-8") as rejects:
+            for i, line in enumerate(block.lines()):
+                if i not in found:
+                    kept.write(line)
+                    continue
+                record, match = parse_record(line), found[i]
+                other = parse_record(held_out[match["block"]].line_at(match["offset"]))
+                dropped.update(_counted(record))
+                reason = f"holds {match['contained']:.0%} of held-out {other.id}"
+                rejects.write(_reject(record, "contaminated", reason).to_line())
+        aside.replace(block.path)
+        return len(matches), dropped
 
 
-def _contaminated(match: Match) -> tuple[str, str]:
-    return "contaminated", f"holds {match.contained:.0%} of held-out {match.held_out}"
+def _counted(record: Record) -> dict[str, int]:
+    counts = {"records": 1, "bytes": sum(len(part.encode()) for part in record.parts()), f"source {record.source}": 1}
+    return counts | ({f"licence {record.licence}": 1} if record.licence else {})
+
+
+def _copy(head: np.ndarray, original: np.ndarray) -> tuple[str, str]:
+    is_exact = head["words"] == original["words"]
+    return "exact copy" if is_exact else "near copy", f"of {original['id']:016x}"
+
+
+def _joined_by(record: Record) -> tuple[str, str]:
+    return "kin of a held-out source", f"{record.kind}: near, or on one context"
+
+
+def _reject(record: Record, reason: str, detail: str) -> Reject:
+    return Reject(file=record.file, line=record.line, reason=reason, detail=detail, broken=False)
 
 
 def _first_broken(parts: Sequence[Path], reason: str = "") -> Iterator[Reject]:
@@ -199,9 +210,3 @@ def _first_broken(parts: Sequence[Path], reason: str = "") -> Iterator[Reject]:
                 if reject.broken and reason in ("", reject.reason) and shown < SHOWN_REJECTS:
                     shown += 1
                     yield reject
-
-
-def _lines(parts: Sequence[Path]) -> Iterator[bytes]:
-    for part in parts:
-        with (part / RECORDS).open("rb") as lines:
-            yield from lines

@@ -52,8 +52,8 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("records", told.RecordsConfig, "qlora_dist.data.records:write_records", version=2),
-        Stage("splits", told.SplitsConfig, "qlora_dist.data.splits:write_splits", version=2),
+        Stage("records", told.RecordsConfig, "qlora_dist.data.records:write_records", version=3),
+        Stage("splits", told.SplitsConfig, "qlora_dist.data.splits:write_splits", version=3),
         Stage("shards", told.ShardsConfig, "qlora_dist.data.shards:write_shards"),
         Stage("tokenizer", told.TokenizerConfig, "qlora_dist.model.tokenizer:write_tokenizer"),
         Stage("rows", told.RowsConfig, "qlora_dist.data.rows:write_rows"),

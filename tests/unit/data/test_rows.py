@@ -161,16 +161,24 @@ def test_the_order_of_rows_is_a_function_of_seed_and_epoch_alone() -> None:
     assert row_order(10, 17, 0).tolist() == [8, 9, 4, 6, 2, 1, 5, 7, 0, 3]  # on every machine
 
 
-def test_rows_are_the_same_bytes_for_one_and_four_workers(corpus: Make, tokenizer: Path, monkeypatch: Any) -> None:
-    examples = [{"text": sentence(i, 20 + i % 90)} for i in range(400)]
+def test_every_stage_makes_the_same_bytes_for_one_and_four_workers(
+    corpus: Make, tokenizer: Path, monkeypatch: Any
+) -> None:
+    examples = [{"text": sentence(i % 350, 20 + i % 90)} for i in range(400)]
     made = []
-    for workers, part_bytes in ((1, 2**28), (4, 2**16)):
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true" if workers > 1 else "false")
-        monkeypatch.setenv("RAYON_NUM_THREADS", str(workers))
-        done = corpus(examples, name=f"w{workers}", part_bytes=part_bytes).records().splits().shards(tokenizer)
-        done.rows(tokenizer, shard=1)
-        made.append({p.name: p.read_bytes() for p in sorted((done.folder / "rows-train-1").iterdir())})
-    assert made[0] == made[1]
+    for workers, part_bytes, block_bytes in ((1, 2**28, 2**24), (4, 2**16, 2**15)):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(workers))
+        monkeypatch.setattr("qlora_dist.data.blocks.BLOCK_BYTES", block_bytes)
+        done = corpus(examples, name=f"w{workers}", part_bytes=part_bytes, num_shards=2)
+        done.records().splits().shards(tokenizer).rows(tokenizer, shard=1)
+        assert len(done.parts()) == (1 if workers == 1 else 6)
+        folders = [done.folder / name for name in ("splits", "shards", "rows-train-1")]
+        made.append({p.relative_to(done.folder): p.read_bytes() for f in folders for p in sorted(f.iterdir())})
+    assert made[0].keys() == made[1].keys()
+    assert len(made[0]) == 4 + 2 + 6
+    for path, raw in made[0].items():  # rejects are listed block by block
+        assert made[1][path] == raw or sorted(made[1][path].splitlines()) == sorted(raw.splitlines()), path
+        assert made[1][path] == raw or path.name == "rejects.jsonl"
 
 
 def test_sources_weigh_as_often_as_they_say_in_training_and_once_held_out(corpus: Make, tokenizer: Path) -> None:

@@ -12,6 +12,7 @@ from qlora_dist.config.data import DomainConfig, ShardMode, SourceConfig, SplitC
 from qlora_dist.data.integrity import check_shards
 from qlora_dist.data.record import read_records
 from qlora_dist.data.shards import deal
+from qlora_dist.data.workers import Workers
 from qlora_dist.errors import DataError
 
 from .conftest import Corpus, sentence
@@ -36,9 +37,8 @@ def shards(made: Corpus) -> list[list[str]]:
 
 @pytest.mark.parametrize("num_shards", [1, 3, 300])
 def test_shards_hold_each_training_record_once_and_equally_many_tokens(
-    corpus: Make, tokenizer: Path, num_shards: int, monkeypatch: pytest.MonkeyPatch
+    corpus: Make, tokenizer: Path, num_shards: int
 ) -> None:
-    monkeypatch.setattr("qlora_dist.data.shards.OPEN_FILES", 64)
     examples = [{"text": sentence(i, 10 + i % 50)} for i in range(900)]
     made = corpus(examples, num_shards=num_shards).records().splits().shards(tokenizer)
     found = shards(made)
@@ -85,9 +85,9 @@ def test_the_check_of_its_own_sees_a_lost_and_a_doubled_record(corpus: Make) -> 
     made = corpus([{"text": sentence(i)} for i in range(30)], num_shards=2).records().splits().shards()
     train, first = made.folder / "splits" / "train.jsonl", made.folder / "shards" / "shard-0.jsonl"
     paths = [first, made.folder / "shards" / "shard-1.jsonl"]
-    check_shards(train, paths)
+    check_shards(train, paths, Workers(1))
     lines = first.read_text().splitlines(keepends=True)
     for wrong in (lines[1:], [lines[1], *lines[1:]]):
         first.write_text("".join(wrong))
         with pytest.raises(DataError):
-            check_shards(train, paths)
+            check_shards(train, paths, Workers(1))

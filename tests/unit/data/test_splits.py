@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.config.data import CleanConfig, Deduplicate, SplitConfig
-from qlora_dist.data.contamination import HeldOutRuns
-from qlora_dist.data.integrity import check_splits
+from qlora_dist.data.blocks import blocks_of
+from qlora_dist.data.integrity import check_splits, own_text
+from qlora_dist.data.overlap import Overlap
+from qlora_dist.data.record import Record, parse_record
+from qlora_dist.data.workers import Workers
 from qlora_dist.errors import DataError
 
 from .conftest import Corpus, sentence
@@ -66,18 +69,17 @@ def test_what_is_appended_moves_nothing(tmp_path_factory: Any, numbers: list[int
 def _taken(folder: Path, split: SplitConfig) -> dict[str, list[str]]:
     """Splits without the mending of empty held-out sets, which only chance in tiny corpora makes necessary."""
     from qlora_dist.config.data import DomainConfig, SourceConfig
-    from qlora_dist.data.record import parse_record
+    from qlora_dist.data.decide import decide
     from qlora_dist.data.signatures import Index
-    from qlora_dist.data.splits import decide
 
-    made = Corpus(folder, DomainConfig(sources=[SourceConfig(path=str(folder / "a.jsonl"))], split=split)).records()
-    parts = list(made.parts().values())
-    decisions = decide(Index(parts), split, folder / "scratch")
+    corpus = Corpus(folder, DomainConfig(sources=[SourceConfig(path=str(folder / "a.jsonl"))], split=split)).records()
+    parts = list(corpus.parts().values())
+    made = decide(Index(parts), split, folder / "scratch", Workers(1)).made.read(0, 10**6)
     records = [parse_record(line) for part in parts for line in (part / "records.jsonl").read_bytes().splitlines()]
     taken: dict[str, list[str]] = {name: [] for name in SPLITS}
     for i, record in enumerate(records):
-        if decisions.copy_of[i] < 0:
-            taken[SPLITS[decisions.split[i]]].append(record.text)
+        if made["copy_of"][i] < 0:
+            taken[SPLITS[made["split"][i]]].append(record.text)
     return taken
 
 
@@ -175,27 +177,30 @@ def test_the_check_of_its_own_sees_what_crosses_a_split(corpus: Make, fault: str
     with (folder / "train.jsonl").open("a") as train:
         train.write(json.dumps(stray) + "\n")
     with pytest.raises(DataError, match="Split integrity"):
-        check_splits(folder, 0.8)
+        check_splits(folder, 0.8, Workers(1))
 
 
-@given(st.integers(0, 10_000))
+def written(path: Path, records: list[str]) -> Path:
+    path.write_text("".join(Record(kind="text", text=t, id=f"{i:016x}").to_line() for i, t in enumerate(records)))
+    return path
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0, 25]))
 @settings(max_examples=20)
-def test_shares_of_held_out_texts_are_right_when_only_some_of_their_runs_fit(seed: int) -> None:
-    runs = HeldOutRuns(run_words=3, max_runs=500)
-    for i in range(20):
-        runs.add(f"held {i}", [sentence(seed + i, 400)])
-    runs.add("short", ["one two three four five"])
-    runs.finish()
-    words = sentence(seed + 3, 400).split()
-    half, whole = " ".join(words[:200]), " ".join(words)
-    [found, all_of_it, short, none] = runs.matches(
-        [[half], [whole], ["six one two three four five"], ["something else"]]
-    )
-    assert (found.held_out, all_of_it.held_out, short.held_out) == ("held 3", "held 3", "short")
-    assert found.contained == pytest.approx(0.5, abs=0.35)
-    assert (all_of_it.contained, all_of_it.jaccard) == (1, 1)
-    assert (short.contained, none) == (1, None)
-    assert short.jaccard == pytest.approx(3 / 4)
+def test_shares_of_held_out_texts_are_exact_or_estimated_by_some_of_their_runs(
+    tmp_path_factory: Any, seed: int, most_runs: int
+) -> None:
+    folder = tmp_path_factory.mktemp("overlap")
+    held = [sentence(seed + i, 400) for i in range(20)] + ["one two three four five"]
+    words = held[3].split()
+    others = [" ".join(words[:201]), held[3], "six one two three four five", "something else"]
+    blocks = [blocks_of([written(folder / name, texts)]) for name, texts in (("held", held), ("others", others))]
+    [found] = Overlap(*blocks, own_text, 3, folder / "scratch", most_runs).find(Workers(1))
+    assert found["line"].tolist() == [0, 1, 2]
+    assert [int(parse_record(blocks[0][0].line_at(at)).id, 16) for at in found["offset"]] == [3, 3, 20]
+    assert found["contained"][0] == pytest.approx(0.5, abs=0.35 if most_runs else 1e-9)
+    assert found["contained"][1:].tolist() == [1, 1]
+    assert not (folder / "scratch").exists()
 
 
 def test_questions_on_one_context_are_no_copies_and_lie_in_one_split(corpus: Make) -> None:
