@@ -72,7 +72,7 @@ class Corpus:
         return list(read_records(self.folder / "splits" / f"{split}.jsonl"))
 
     def rejects(self, stage: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / stage / "rejects.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.folder / stage / "rejects.jsonl").read_bytes().splitlines()]
 
 
 @pytest.fixture
