@@ -280,7 +280,9 @@ def token_lengths(num_of: Mapping[int, int]) -> dict[str, Any]:
     edges = [2 ** (half / 2) for half in range(first, last + 1)]
     edges[-1] = max(edges[-1], float(most))
     quantiles = {"median": 0.5, "p90": 0.9, "p99": 0.99}
-    at = {name: np.searchsorted(ends, np.ceil(share * (ends[-1] - 1)), side="right") for name, share in quantiles.items()}
+    at = {
+        name: np.searchsorted(ends, np.ceil(share * (ends[-1] - 1)), side="right") for name, share in quantiles.items()
+    }
     counts = np.histogram(length_L, edges, weights=num_L)[0].astype(int)
     return {
         "records": int(ends[-1]),

@@ -8,6 +8,8 @@ from functools import partial
 from graphlib import TopologicalSorter
 
 from qlora_dist.config.train import StrategyName
+from qlora_dist.data.blocks import BLOCK_BYTES
+from qlora_dist.data.sources import Piece
 from qlora_dist.launch.base import Job, Machine, State
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
@@ -16,6 +18,9 @@ LIGHT_BYTES = 600 << 20
 """Memory of a node without torch: measured 0.2 to 0.5 GiB."""
 HEAVY_BYTES = 1400 << 20
 """Memory of a node with torch and transformers, before its model: measured 0.9 to 1.2 GiB."""
+
+WORKER_BYTES = 300 << 20
+"""Memory of each further process of a stage that spreads its work: measured 0.1 to 0.2 GiB."""
 
 
 def make_jobs(plan: Plan, to_run: Iterable[Node], machine: Machine, model_bytes: int) -> list[Job]:
@@ -31,7 +36,8 @@ def make_jobs(plan: Plan, to_run: Iterable[Node], machine: Machine, model_bytes:
     jobs = {}
     for name, nodes in grouped.items():
         share = machine.cores // widths[nodes[0].stage] if machine.is_shared else machine.cores * nodes[0].world_size
-        cores = max(1, share) if STAGES[nodes[0].stage].loads_model else 1
+        stage = STAGES[nodes[0].stage]
+        cores = max(1, share) if stage.loads_model else _spread_over(plan, nodes[0], machine) if stage.spreads else 1
         jobs[name] = _make_job(plan, nodes, machine, cores, model_bytes)
     for job in jobs.values():
         several = len(job.nodes) > 1 or any(len(jobs[other].nodes) > 1 for other in job.after if other in jobs)
@@ -61,8 +67,23 @@ def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, m
         cores=cores,
         meets=stage.meets,
         gpus=min(ranks, machine.gpus) if stage.loads_model else 0,
-        memory_bytes=(HEAVY_BYTES + 2 * model_bytes) * ranks if stage.loads_model else LIGHT_BYTES,
+        memory_bytes=(HEAVY_BYTES + 2 * model_bytes) * ranks
+        if stage.loads_model
+        else LIGHT_BYTES + (cores - 1) * WORKER_BYTES,
     )
+
+
+def _spread_over(plan: Plan, node: Node, machine: Machine) -> int:
+    """Returns the cores of a data stage: no more than find a block of the corpus to work on."""
+    siblings = sum(other.stage == node.stage and other.inputs == node.inputs for other in plan.nodes)
+    return max(1, min(machine.cores, _corpus_bytes(plan, node) // BLOCK_BYTES // siblings))
+
+
+def _corpus_bytes(plan: Plan, node: Node) -> int:
+    """Returns the bytes of the source files that a node's records come from."""
+    before = [plan.node(artifact_id) for name, artifact_id in node.inputs.items() if name != "tokenizer"]
+    pieces = [Piece.parse(text) for text in node.config.get("files", [])]
+    return sum(piece.end - piece.start for piece in pieces) + sum(_corpus_bytes(plan, other) for other in before)
 
 
 def _sizes(node: Node) -> Iterator[int]:

@@ -24,7 +24,8 @@ facts, or with the error that ended that one alone."""
 class Stage:
     """One kind of work. `version` is raised by hand when its function makes other bytes of the same recipe.
 
-    Nodes of a stage that `meets` wait for each other, so they should run at the same time.
+    Nodes of a stage that `meets` wait for each other, so they should run at the same time. A stage that `spreads` uses
+    all the cores that it is given, and makes the same bytes with any number of them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     loads_model: bool = False
     resumes: bool = False
     meets: bool = False
+    spreads: bool = False
 
     def load(self) -> StageFunction:
         """Imports the stage's function, and with it the libraries it needs."""
@@ -53,10 +55,10 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("records", told.RecordsConfig, "qlora_dist.data.records:write_records", version=3),
-        Stage("splits", told.SplitsConfig, "qlora_dist.data.splits:write_splits", version=3),
-        Stage("shards", told.ShardsConfig, "qlora_dist.data.shards:write_shards"),
+        Stage("splits", told.SplitsConfig, "qlora_dist.data.splits:write_splits", version=3, spreads=True),
+        Stage("shards", told.ShardsConfig, "qlora_dist.data.shards:write_shards", spreads=True),
         Stage("tokenizer", told.TokenizerConfig, "qlora_dist.model.tokenizer:write_tokenizer"),
-        Stage("rows", told.RowsConfig, "qlora_dist.data.rows:write_rows"),
+        Stage("rows", told.RowsConfig, "qlora_dist.data.rows:write_rows", spreads=True),
         Stage("tiny", told.TinyStageConfig, "qlora_dist.model.tiny:make_tiny", loads_model=True),
         Stage("base", told.BaseConfig, "qlora_dist.model.base:prepare_base"),
         Stage(

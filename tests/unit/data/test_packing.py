@@ -1,10 +1,13 @@
 """Packing loses nothing, overlaps nothing, and wastes next to nothing."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_dist.data.pack_rows import token_lengths
 from qlora_dist.data.packing import pack
 
 
@@ -50,3 +53,14 @@ def test_packing_is_the_same_each_time_and_takes_nothing_too() -> None:
     lengths = np.random.default_rng(1).integers(1, 100, 500)
     assert all((a == b).all() for a, b in zip(pack(lengths, 100)[:2], pack(lengths, 100)[:2], strict=True))
     assert pack(np.zeros(0, dtype=np.int64), 100)[2] == 0
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))
+def test_the_lengths_of_records_are_told_as_numpy_tells_them(lengths: list[int]) -> None:
+    told = token_lengths(Counter(lengths))
+    assert (told["records"], told["least"], told["most"]) == (len(lengths), min(lengths), max(lengths))
+    for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        assert told[name] == np.quantile(lengths, share, method="higher")
+    assert sum(told["histogram"]["counts"]) == len(lengths)
+    assert len(told["histogram"]["edges"]) == len(told["histogram"]["counts"]) + 1
+    assert token_lengths({}) == {"records": 0}

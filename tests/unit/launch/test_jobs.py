@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config.stages import RowsConfig, TokenizerConfig
+from qlora_dist.config.stages import RecordsConfig, RowsConfig, ShardsConfig, SplitsConfig, TokenizerConfig
 from qlora_dist.launch.base import Job, Machine, State
 from qlora_dist.launch.jobs import make_jobs, node_states
 from qlora_dist.pipeline.plan import Plan
@@ -32,6 +32,25 @@ def test_a_group_is_one_job_that_comes_after_all_it_needs(plan):
     assert group.after == ["tokenizer/one", "tokenizer/two"]
     assert group.argv[-2:] == [plan.node("rows/early").id, plan.node("rows/late").id]
     assert [job.any_node for job in jobs] == [False, False, True, True]
+
+
+def test_data_stages_get_the_cores_that_their_corpus_can_use(tmp_path):
+    plan = Plan(experiment="test", root=str(tmp_path), command="", config={})
+    tokenizer = plan.add("tokenizer", "one", TokenizerConfig())
+    for name, size in (("small", 1000), ("large", 100_000_000)):
+        config = RecordsConfig(domain=name, files=[f"0:{name}.jsonl@0-{size}"])
+        records = {"records-0": plan.add("records", f"{name}-0", config, leaves={"files": name})}
+        splits = plan.add("splits", name, SplitsConfig(domain=name), inputs=records)
+        inputs = {"tokenizer": tokenizer, "shards": plan.add("shards", name, ShardsConfig(), inputs={"splits": splits})}
+        for shard in range(2):
+            plan.add("rows", f"{name}-{shard}", RowsConfig(shard=shard), inputs=inputs)
+    jobs = {job.name: job for job in make_jobs(plan, plan.nodes, MACHINE, 0)}
+    assert {name: job.cores for name, job in jobs.items() if "large" in name} == {
+        "records/large-0": 1, "splits/large": 4, "shards/large": 4, "rows/large-0": 2, "rows/large-1": 2
+    }  # fmt: skip
+    assert all(job.cores == 1 for name, job in jobs.items() if "small" in name)
+    assert jobs["splits/large"].environment == {"OMP_NUM_THREADS": "4"}
+    assert jobs["splits/large"].memory_bytes > jobs["splits/small"].memory_bytes
 
 
 def test_a_finished_node_of_a_group_is_not_in_its_job(plan):
