@@ -1,8 +1,9 @@
 """Scoring K adapters: one job on one loaded base, against a process and a load for each, in turn.
 
-`python benchmarks/bench_scores.py` scores 16 adapters `--pairs` times (3) each way and writes benchmarks/results/scores.md
-(some ten minutes on 2 cores); `--small` scores 4 once and writes nothing. Both sides must give the same scores. What
-is scored is short on purpose: loading is what one job saves, and the more text is scored, the less it matters.
+`python benchmarks/bench_scores.py` scores 16 adapters `--pairs` times (3) each way and writes
+benchmarks/results/scores.md (some ten minutes on 2 cores); `--small` scores 4 once and writes nothing. Both sides must
+give the same scores. What is scored is short on purpose: loading is what one job saves, and the more text is scored,
+the less it matters.
 """
 
 from __future__ import annotations

@@ -67,17 +67,17 @@ def difference_table(summary: Mapping[str, Any]) -> Table | None:
     rows = [r for m in ON_TERMINAL for r in run.comparisons if r["metric"] == m and r["model"] == model]
     if not rows:
         return None
-    table = Table(title=f"{model} minus base, paired by document", title_justify="left")
-    for name in ("held-out set", "measure"):
-        table.add_column(name)
-    for name in ("difference", "95 % interval", "p (Holm)", "detectable", "documents"):
-        table.add_column(name, justify="right")
+    table = Table(title=f"{model} minus base, paired by document", title_justify="left", box=None, pad_edge=False)
+    table.add_column("on")
+    table.add_column("measure", min_width=13)
+    for name in ("difference (95 %)", "p (Holm)", "detectable", "docs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         low, high, p = (number(row.get(key)) for key in ("low", "high", "p_holm"))
         interval = "too few" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
         found = [shown(number(row.get("minimal_detectable"))), shown(row.get("num_documents"))]
         measure = metric_name(row["metric"]).split(" (")[0]
-        table.add_row(row["domain"], measure, f"{row['difference']:+.3f}", interval, _p_value(p), *found)
+        table.add_row(row["domain"], measure, f"{row['difference']:+.3f} ({interval})", _p_value(p), *found)
     return table
 
 
