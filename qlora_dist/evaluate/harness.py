@@ -62,7 +62,10 @@ def run_tasks(
     from transformers import AutoTokenizer
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    manager = TaskManager(include_path=str(Path(folder).expanduser()) if folder else None)
+    own = str(Path(folder).expanduser()) if folder else None
+    manager = TaskManager(include_path=own, include_defaults=False) if own else None
+    if manager is None or not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=own)  # reads some ten thousand task files
     for task in tasks:
         if task not in manager.all_tasks:
             raise ConfigError(f"{KEY}={task}: no such task. {nearest(task, manager.all_tasks)[:300]}")
