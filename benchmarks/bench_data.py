@@ -1,16 +1,18 @@
 """Corpus to packed rows: speed and peak memory of each stage, at one size and at ten times that.
 
 `python benchmarks/bench_data.py` writes benchmarks/results/data.md (100 MB and 1 GB of text of its own making, some
-ten minutes); `--small` does 4 and 20 MB and writes nothing. As under the launcher, each node is a process of its own,
-two at a time.
+ten minutes); `--small` does 4 and 40 MB and writes nothing. As under the launcher, each node is a process of its own:
+parts are read two at a time, the other stages spread their work over both cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 RESULTS = Path(__file__).parent / "results" / "data.md"
 CORES = 2
@@ -89,27 +92,42 @@ def run_node(told: dict[str, Any]) -> None:
     out.mkdir(parents=True)
     started = time.perf_counter()
     facts = functions[told["stage"]](config, {name: Path(p) for name, p in told["inputs"].items()}, out)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    facts |= {"seconds": time.perf_counter() - started, "peak_mb": int(peak.split()[1]) / 1024}
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    facts |= {"seconds": time.perf_counter() - started, "largest_mb": max(peaks) / 1024}
     print(json.dumps(facts))
 
 
-def run_nodes(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs nodes, `CORES` at a time, and returns their facts; the last holds the wall time of all."""
+def run_nodes(nodes: Sequence[dict[str, Any]], cores: int) -> list[dict[str, Any]]:
+    """Runs nodes of so many cores, as many at a time as `CORES` allows, and returns their facts.
+
+    The last holds the wall time of all, and the most memory that all of their processes together had at any time.
+    """
     waiting, running, facts = list(nodes), [], []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    started = time.perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "false"}
+    started, most = time.perf_counter(), 0
     while waiting or running:
-        while waiting and len(running) < CORES:
+        while waiting and (len(running) + 1) * cores <= CORES:
             command = [sys.executable, __file__, "--node", json.dumps(waiting.pop(0))]
             running.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
+        most = max(most, sum(resident(process.pid) for process in running))
         for process in [p for p in running if p.poll() is not None]:
             assert process.returncode == 0
             facts.append(json.loads(process.stdout.read()))
             running.remove(process)
-        time.sleep(0.05)
-    facts[-1]["wall_s"] = time.perf_counter() - started
+        time.sleep(0.1)
+    facts[-1] |= {"wall_s": time.perf_counter() - started, "together_mb": most / 2**20}
     return facts
+
+
+def resident(pid: int) -> int:
+    """Returns the resident memory of a process and all that it started; pages they share count for each."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += one.memory_info().rss
+    return total
 
 
 def measure(folder: Path, num_bytes: int, tokenizer: Path) -> dict[str, Any]:
@@ -124,7 +142,7 @@ def measure(folder: Path, num_bytes: int, tokenizer: Path) -> dict[str, Any]:
     parts = plan_parts(DomainConfig(sources=[SourceConfig(path=str(corpus))], part_bytes=max(2**16, num_bytes // 4)))
     for part in parts:
         leaf_digest(part)
-    lines = {"plan": {"seconds": time.perf_counter() - started, "peak_mb": 0.0, "nodes": len(parts)}}
+    lines = {"plan": {"seconds": time.perf_counter() - started, "together_mb": 0, "largest_mb": 0, "nodes": len(parts)}}
     where = {name: str(folder / name) for name in ("splits", "shards")}
     records = {f"records-{i}": str(folder / f"records-{i}") for i in range(len(parts))}
     stages = {
@@ -146,8 +164,11 @@ def measure(folder: Path, num_bytes: int, tokenizer: Path) -> dict[str, Any]:
     }  # fmt: skip
     facts = {}
     for name, nodes in stages.items():
-        found = facts[name] = run_nodes(nodes)
-        lines[name] = {"seconds": found[-1]["wall_s"], "peak_mb": max(f["peak_mb"] for f in found), "nodes": len(nodes)}
+        found = facts[name] = run_nodes(nodes, 1 if name == "records" else CORES)
+        lines[name] = {
+            "seconds": found[-1]["wall_s"], "nodes": len(nodes), "together_mb": found[-1]["together_mb"],
+            "largest_mb": max(f["largest_mb"] for f in found),
+        }  # fmt: skip
         print(f"{size_mb:,.0f} MB {name}: {lines[name]}", flush=True)
     rows = facts["rows"]
     return {
@@ -166,13 +187,13 @@ def written(found: list[dict[str, Any]]) -> str:
         lines += [
             f"| {run['size_mb']:,.0f} | {name} | {line['nodes']} | {line['seconds']:.1f} "
             f"| {run['num_records'] / line['seconds']:,.0f} | {run['size_mb'] / line['seconds']:.1f} "
-            f"| {line['peak_mb']:,.0f} |"
+            f"| {line['largest_mb']:,.0f} | {line['together_mb']:,.0f} |"
             for name, line in run["lines"].items()
         ]
-        peak = max(line["peak_mb"] for line in run["lines"].values())
+        most, largest = (max(line[k] for line in run["lines"].values()) for k in ("together_mb", "largest_mb"))
         lines.append(
             f"| **{run['size_mb']:,.0f}** | **all** | | **{total:.1f}** | {run['num_records'] / total:,.0f} "
-            f"| {run['size_mb'] / total:.1f} | **{peak:,.0f}** |"
+            f"| {run['size_mb'] / total:.1f} | **{largest:,.0f}** | **{most:,.0f}** |"
         )
     notes = [
         f"- {run['size_mb']:,.0f} MB: {run['num_records']:,} records; left out {run['left_out']}; highest similarity "
@@ -186,11 +207,13 @@ def written(found: list[dict[str, Any]]) -> str:
 
 Text of the benchmark's own making: JSON lines of some 2 KB of Zipf-distributed words, 5 % near-copies, 2 % copies. \
 Default config (near-copies and contamination dropped, splits checked again), byte-level BPE of 8,192 tokens, rows of \
-{ROW_TOKENS}, {NUM_SHARDS} shards. Each node in a process of its own; peak memory is the largest of a stage's \
-processes (VmHWM); seconds are wall time, start of processes included.
+{ROW_TOKENS}, {NUM_SHARDS} shards. Each node in a process of its own; stages after records spread their work over \
+{CORES} cores. *Largest*: the peak of the largest process (ru_maxrss). *Together*: the most that all processes of a \
+stage had resident at one time, shared pages counted for each (looked at ten times a second). Seconds are wall time, \
+start of processes included.
 
-| MB | stage | nodes | s | records/s | MB/s | peak MB |
-|---|---|---|---|---|---|---|
+| MB | stage | nodes | s | records/s | MB/s | largest, MB | together, MB |
+|---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
 {chr(10).join(notes)}
@@ -199,7 +222,7 @@ processes (VmHWM); seconds are wall time, start of processes included.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--small", action="store_true", help="4 and 20 MB, nothing written")
+    parser.add_argument("--small", action="store_true", help="4 and 40 MB, nothing written")
     parser.add_argument("--mb", type=int, nargs="+", default=[100, 1000], help="sizes in MB (100 1000)")
     parser.add_argument("--node", help=argparse.SUPPRESS)
     told = parser.parse_args()
@@ -207,7 +230,7 @@ def main() -> None:
         run_node(json.loads(told.node))
         return
     found = []
-    for num_bytes in (1_000_000 * mb for mb in ([4, 20] if told.small else told.mb)):
+    for num_bytes in (1_000_000 * mb for mb in ([4, 40] if told.small else told.mb)):
         folder = Path(tempfile.mkdtemp(prefix="bench_data_"))
         try:
             write_tokenizer(folder / "tokenizer")

@@ -43,8 +43,8 @@ def cut(encoded: Encoded, row_tokens: int, start_id: int, *, is_text: bool, over
         tokens_N, trained_N, bytes_N = encoded.tokens_N[part], encoded.trained_N[part].copy(), encoded.bytes_N[part]
         trained_N[:context] = False
         if opened:
-            tokens_N, trained_N = np.insert(tokens_N, 0, start_id), np.insert(trained_N, 0, False)
-            bytes_N = np.insert(bytes_N, 0, 0)
+            tokens_N = np.concatenate([np.array([start_id], dtype=tokens_N.dtype), tokens_N])
+            trained_N, bytes_N = np.concatenate([[False], trained_N]), np.concatenate([[0], bytes_N])
         trained_N[0] = False
         segments.append(Segment(tokens_N, trained_N, int(bytes_N[trained_N].sum())))
         at = end

@@ -29,7 +29,7 @@ from qlora_dist.runtime import Facts, log
 UNEVEN = 1.02
 """Above this ratio of the largest shard to the mean one, a warning is given."""
 
-MEASURED_BYTES = 2**25
+MEASURED_BYTES = 2**23
 """So much of a corpus is tokenized to learn its sizes: all of it up to there, then a share of each kind of records."""
 
 MEASURE = np.dtype([("weight", "<f8"), ("bytes", "<i8"), ("tokens", "<i8"), ("group", "<i4"), ("type", "<i4")])

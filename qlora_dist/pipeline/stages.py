@@ -56,7 +56,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("records", told.RecordsConfig, "qlora_dist.data.records:write_records", version=3),
         Stage("splits", told.SplitsConfig, "qlora_dist.data.splits:write_splits", version=3, spreads=True),
-        Stage("shards", told.ShardsConfig, "qlora_dist.data.shards:write_shards", spreads=True),
+        Stage("shards", told.ShardsConfig, "qlora_dist.data.shards:write_shards", version=2, spreads=True),
         Stage("tokenizer", told.TokenizerConfig, "qlora_dist.model.tokenizer:write_tokenizer"),
         Stage("rows", told.RowsConfig, "qlora_dist.data.rows:write_rows", spreads=True),
         Stage("tiny", told.TinyStageConfig, "qlora_dist.model.tiny:make_tiny", loads_model=True),
