@@ -24,8 +24,10 @@ Example = tuple[int, Any]
 MAX_EXAMPLE_BYTES = 64 * 2**20
 """A single example that is longer is rejected, not read into memory."""
 
-DOCUMENT_CHARS = 2**22
+DOCUMENT_BYTES = 2**22
 """A text file is one document; of a longer one, each such stretch (up to a line end) is."""
+
+DELIMITERS = {".csv": ord(","), ".tsv": ord("\t")}
 
 UNREADABLE = "unreadable file"
 """The reason of a reject that stands for the rest of a file."""
@@ -42,7 +44,8 @@ def suffix(path: Path) -> str:
 def read_examples(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
     """Yields the raw examples of a file, and a reject for each piece of it that can't be read.
 
-    Only plain JSON lines can be read from byte `start` to `end`, which stand at line ends; other files are read whole.
+    Files are read from byte `start` to `end`, which are borders of examples (see `divide`); compressed ones and JSON
+    documents are read whole.
     """
     reader = READERS[suffix(path)]
     try:
@@ -95,6 +98,42 @@ def _parsed(path: Path, number: int, line: bytes) -> Example | Reject:
     return Reject(file=str(path), line=number, reason=reason, detail=detail)
 
 
+def span(path: Path, start: int, end: int) -> BinaryIO:
+    """Opens bytes `start` to `end` of a plain file, or a compressed one whole."""
+    file = open_bytes(path)
+    if path.suffix in COMPRESSED:
+        return file
+    file.seek(start)
+    return cast(BinaryIO, io.BufferedReader(_Span(file, end - start)))
+
+
+class _Span(io.RawIOBase):
+    """The next so many bytes of a file."""
+
+    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
+        self._file, self._left = file, num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: self._left]
+        read = cast(io.BufferedReader, self._file).readinto(view)
+        self._left -= read
+        return read
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _lines_before(path: Path, start: int) -> int:
+    if not start:
+        return 0
+    with path.open("rb") as file:
+        return _skip_to(file, start)
+
+
 def _skip_to(file: BinaryIO, start: int) -> int:
     """Moves to byte `start` and returns the number of lines before it."""
     number = 0
@@ -138,12 +177,40 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
+def row_group_starts(path: Path) -> list[int]:
+    """Returns the byte at which each row group of a Parquet file starts, in order; none if they aren't in order."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    except (OSError, ValueError):  # a torn file is the reader's matter
+        return []
+    columns = ([group.column(i) for i in range(group.num_columns)] for group in groups)
+    starts = [min(c.dictionary_page_offset or c.data_page_offset for c in each) for each in columns]
+    return starts if starts == sorted(set(starts)) else []
+
+
+def head(path: Path) -> str:
+    """Returns what every piece of a file depends on besides its own bytes: a CSV's header, a Parquet file's schema."""
+    if suffix(path) in DELIMITERS and path.suffix not in COMPRESSED:
+        return repr(_column_names(path))
+    if suffix(path) == ".parquet":
+        import pyarrow.parquet
+
+        return str(pyarrow.parquet.read_schema(path))
+    return ""
+
+
 def _parquet(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
     import pyarrow.parquet
 
-    number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
+        starts = row_group_starts(path) or [0] * file.metadata.num_row_groups
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        chosen = [i for i, at in enumerate(starts) if start <= at < end or not at]
+        number = sum(sizes[: chosen[0]]) if chosen else 0
+        for batch in file.iter_batches(batch_size=256, row_groups=chosen):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
@@ -151,28 +218,46 @@ def _parquet(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
 
 def _csv(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
     csv.field_size_limit(MAX_EXAMPLE_BYTES)
-    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
+    names = _column_names(path) if start else None
+    before = _lines_before(path, start)
+    with io.TextIOWrapper(span(path, start, end), encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, names, delimiter=chr(DELIMITERS[suffix(path)]))
         for row in rows:
+            line = before + rows.line_num
             if None in row or None in row.values():
                 detail = f"expected {len(rows.fieldnames or [])}"
-                yield Reject(file=str(path), line=rows.line_num, reason="wrong number of columns", detail=detail)
+                yield Reject(file=str(path), line=line, reason="wrong number of columns", detail=detail)
             else:
-                yield rows.line_num, row
+                yield line, row
+
+
+def _column_names(path: Path) -> list[str]:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="", errors="replace") as file:
+        return next(csv.reader(file, delimiter=chr(DELIMITERS[suffix(path)])), [])
 
 
 def _text(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
-    line = 1
-    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-        try:
-            while document := file.read(DOCUMENT_CHARS):
-                if len(document) == DOCUMENT_CHARS:
-                    document += file.readline(DOCUMENT_CHARS)
-                if document.strip():
-                    yield line, document
-                line += document.count("\n")
-        except UnicodeDecodeError as error:
-            yield Reject(file=str(path), line=line, reason="not UTF-8", detail=str(error)[:120])
+    line = 1 + _lines_before(path, start)
+    with span(path, start, end) as file:
+        while document := file.read(DOCUMENT_BYTES):
+            if len(document) == DOCUMENT_BYTES:
+                document += end_of_document(file)
+            try:
+                text = document.decode("utf-8-sig" if not start and line == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield Reject(file=str(path), line=line, reason="not UTF-8", detail=str(error)[:120])
+            else:
+                if text.strip():
+                    yield line, text
+            line += document.count(b"\n")
+
+
+def end_of_document(file: BinaryIO) -> bytes:
+    """Reads the rest of a document that fills `DOCUMENT_BYTES`: its last line, or of an endless one a good piece."""
+    rest = file.readline(DOCUMENT_BYTES)
+    while not rest.endswith(b"\n") and (more := cast(io.BufferedReader, file).peek(1)[:1]) and more[0] & 0xC0 == 0x80:
+        rest += file.read(1)  # never the middle of a letter
+    return rest
 
 
 READERS: dict[str, Callable[[Path, int, int], Iterator[Example | Reject]]] = {
@@ -181,6 +266,7 @@ READERS: dict[str, Callable[[Path, int, int], Iterator[Example | Reject]]] = {
     ".json": _json,
     ".parquet": _parquet,
     ".csv": _csv,
+    ".tsv": _csv,
     ".txt": _text,
     ".md": _text,
 }

@@ -33,6 +33,7 @@ BITS_A_RUN = 16
 BYTES_A_RUN = 6
 """A word and the space after it, about: only the sizes of buckets and of the filter depend on it."""
 
+ADDED_AT_ONCE = 2**19
 BLOCK_BIT, OFFSET_BIT, TEXTS = np.uint64(48), np.uint64(16), 2**16
 HELD = np.dtype([("run", "<u8"), ("text", "<u8"), ("size", "<u4")])
 """A run of a held-out text. `text` is its block, the byte in the block where its record starts, and its number there;
@@ -162,10 +163,15 @@ class Overlap:
     def _best(self, task: tuple[list[Path], int]) -> np.ndarray:
         """Adds up the pairs of a block over all buckets, and keeps the best match of each record; ties: the first."""
         paths, number = task
-        none = np.zeros(0, dtype=PAIR)
-        pairs = none
+        pairs = np.zeros(0, dtype=PAIR)
+        held, num = [pairs], 0
         for more in read_buckets(paths, number, len(self.others), PAIR):
-            pairs = _added_up(np.concatenate([pairs, more]))
+            held.append(more)
+            num += len(more)
+            if num > max(len(pairs), ADDED_AT_ONCE):
+                pairs = _added_up(np.concatenate(held))
+                held, num = [pairs], 0
+        pairs = _added_up(np.concatenate(held))
         contained = pairs["shared"] / np.maximum(1, pairs["size"])
         order = np.lexsort((pairs["text"], -contained, pairs["owner"]))
         order = order[contained[order] >= FLOOR]

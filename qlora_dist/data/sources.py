@@ -8,20 +8,26 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config.data import DomainConfig, SourceConfig
+from qlora_dist.config.data import DomainConfig, SourceConfig, Use
 from qlora_dist.data import installed
-from qlora_dist.data.formats import COMPRESSED, READERS, read_examples, suffix
+from qlora_dist.data.divide import borders, can_be_divided
+from qlora_dist.data.formats import DELIMITERS, READERS, head, read_examples, suffix
+from qlora_dist.data.hub import read_hub
 from qlora_dist.data.record import Reject
 from qlora_dist.errors import DataError, bad_value, nearest
 from qlora_dist.runtime import log
 
 INSTALLED, HUB = "installed:", "hub:"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LARGE_PARTS = 4
 REMEMBERED_BYTES = 32 * 2**20
 """Pieces of files above this size have their digest remembered between plans."""
 
@@ -53,8 +59,9 @@ class Piece:
 def plan_parts(domain: DomainConfig, key: str = "domain") -> list[list[str]]:
     """Divides a domain's sources into parts of about `part_bytes`, in the order of the sources and of their paths.
 
-    The order of all examples is the same however many parts there are. Large JSON-lines files are divided at line
-    ends; any other file belongs to one part. `key` is the domain's, for messages.
+    Sources that are set aside for testing come first, then those for validation, so that of near-copies theirs stays;
+    then all others. The order of all examples is the same however many parts there are. Large files are divided (see
+    `divide`). `key` is the domain's, for messages.
 
     Raises:
         ConfigError: for a source that names nothing that could be read.
@@ -62,7 +69,11 @@ def plan_parts(domain: DomainConfig, key: str = "domain") -> list[list[str]]:
     """
     parts: list[list[str]] = [[]]
     size = 0
-    for number, source in enumerate(domain.sources):
+    first = [Use.test, Use.validation]
+    ordered = sorted(
+        enumerate(domain.sources), key=lambda item: first.index(item[1].use) if item[1].use in first else 2
+    )
+    for number, source in ordered:
         for piece in _pieces(number, source, f"{key}.sources[{number}]", domain.part_bytes):
             if size and size + piece.end - piece.start > domain.part_bytes:
                 parts.append([])
@@ -87,7 +98,7 @@ def read_piece(piece: Piece, source: SourceConfig) -> Iterator[installed.Example
     if piece.path.startswith(INSTALLED):
         yield from installed.CORPORA[piece.path.removeprefix(INSTALLED)]()
     elif piece.path.startswith(HUB):
-        yield from _read_hub(source)
+        yield from read_hub(source)
     else:
         path = Path(piece.path)
         for item in read_examples(path, piece.start, piece.end):
@@ -127,7 +138,7 @@ def _pieces(number: int, source: SourceConfig, key: str, part_bytes: int) -> Ite
             raise bad_value(f"{key}.path", source.path, f"{INSTALLED}<corpus>", nearest(name, installed.CORPORA))
         yield Piece(number, source.path)
     elif _is_hub_id(source.path):
-        if not source.revision:
+        if not COMMIT.fullmatch(source.revision):
             repair = f"Set revision to the commit of {source.path} that you mean, so that every run means the same."
             raise bad_value(f"{key}.revision", source.revision, "the commit sha of a hub dataset", repair)
         yield Piece(number, ":".join((HUB[:-1], source.path, source.subset, source.split, source.revision)))
@@ -145,31 +156,12 @@ def _is_hub_id(path: str) -> bool:
 
 def _file_pieces(number: int, file: Path, part_bytes: int) -> Iterator[Piece]:
     size = file.stat().st_size
-    if suffix(file) not in (".jsonl", ".ndjson") or file.suffix in COMPRESSED or size <= part_bytes:
-        yield Piece(number, str(file), 0, size)
-        return
-    start = 0
-    with file.open("rb") as lines:
-        while start < size:
-            lines.seek(min(start + part_bytes, size) - 1)
-            while (block := lines.readline(2**20)) and not block.endswith(b"\n"):
-                pass
-            end = lines.tell()
-            yield Piece(number, str(file), start, end)
-            start = end
-
-
-def _read_hub(source: SourceConfig) -> Iterator[installed.Example]:
-    import datasets
-
-    told: dict[str, Any] = {"split": source.split, "revision": source.revision, "streaming": True}
-    try:
-        rows = datasets.load_dataset(source.path, source.subset or None, **told)
-        for number, row in enumerate(rows, start=1):
-            yield f"{source.path}@{source.revision[:12]}", number, row
-    except Exception as error:  # the hub's client raises errors of many libraries
-        repair = "Check path, subset, split and revision, and that the hub can be reached"
-        raise DataError(f"hub dataset {source.path}: {str(error)[:300]}. {repair}.") from error
+    if size > LARGE_PARTS * part_bytes and not can_be_divided(file):
+        log.warning("%s: %.1f GB are read by one process; as plain JSON lines, it would be divided.", file, size / 1e9)
+    find = partial(borders, file, part_bytes)
+    is_scanned = size > part_bytes and suffix(file) in DELIMITERS
+    for start, end in pairwise(_remembered(f"borders {file} {part_bytes}", file, find) if is_scanned else find()):
+        yield Piece(number, str(file), start, end)
 
 
 def _digest(piece: Piece) -> str:
@@ -177,8 +169,11 @@ def _digest(piece: Piece) -> str:
         return f"{piece.source} {piece.path} {installed.corpus_digest(piece.path.removeprefix(INSTALLED))}"
     if piece.path.startswith(HUB):
         return f"{piece.source} {piece.path}"
+    path = Path(piece.path)
     is_large = piece.end - piece.start >= REMEMBERED_BYTES
-    return f"{piece.source} {suffix(Path(piece.path))} {(_remembered_digest if is_large else _file_digest)(piece)}"
+    digest = _remembered(f"{piece}", path, partial(_file_digest, piece)) if is_large else _file_digest(piece)
+    is_whole = not piece.start and piece.end == path.stat().st_size
+    return f"{piece.source} {suffix(path)} {digest}" + ("" if is_whole else f" {head(path)}")
 
 
 def _file_digest(piece: Piece) -> str:
@@ -192,23 +187,23 @@ def _file_digest(piece: Piece) -> str:
     return digest.hexdigest()
 
 
-def _remembered_digest(piece: Piece) -> str:
-    """Reads a piece once for as long as its file's size and time of change stay; a lost cache costs time alone."""
-    stat = Path(piece.path).stat()
+def _remembered(what: str, path: Path, find: Callable[[], Any]) -> Any:
+    """Reads a file once for as long as its size and time of change stay; a lost cache costs time alone."""
+    stat = path.stat()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora_dist" / "digests"
-    name = hashlib.sha256(f"{piece}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{what}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:32]
     try:
-        return str(json.loads((cache / name).read_text(encoding="utf-8")))
+        return json.loads((cache / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        digest = _file_digest(piece)
+        found = find()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         aside = cache / f"{name}.{os.getpid()}"
-        aside.write_text(json.dumps(digest), encoding="utf-8")
+        aside.write_text(json.dumps(found), encoding="utf-8")
         aside.replace(cache / name)
     except OSError as error:
-        log.info("%s can't be written (%s): the digest of %s is worked out anew each time.", cache, error, piece.path)
-    return digest
+        log.info("%s can't be written (%s): %s is read anew each time.", cache, error, path)
+    return found
 
 
 def _is_unicode(path: Path) -> bool:

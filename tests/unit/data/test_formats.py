@@ -113,7 +113,7 @@ def test_a_text_file_is_one_document_and_a_huge_one_is_several_that_add_up(tmp_p
     text = "".join(f"line {i}\n" for i in range(500))
     path.write_text(text)
     assert read(path) == [(1, text)]
-    monkeypatch.setattr(formats, "DOCUMENT_CHARS", 1000)
+    monkeypatch.setattr(formats, "DOCUMENT_BYTES", 1000)
     found = read(path)
     assert len(found) > 3
     assert "".join(document for _, document in found) == text

@@ -105,7 +105,7 @@ def test_a_cache_that_cant_be_written_costs_nothing_but_time(tmp_path: Path, mon
     [
         ("{tmp}/nowhere", "domain.sources[0].path={tmp}/nowhere: expected a file, a folder, a glob or a hub id"),
         ("{tmp}/*.jsonl", "Nothing there."),
-        ("{tmp}/only.pdf", ".jsonl .ndjson .json .parquet .csv .txt .md"),
+        ("{tmp}/only.pdf", ".jsonl .ndjson .json .parquet .csv .tsv .txt .md"),
         ("installed:licences", "Did you mean licenses?"),
         ("someone/something", "sources[0].revision"),
     ],
@@ -129,23 +129,12 @@ def test_a_file_name_that_is_no_utf8_is_refused_when_planning(tmp_path: Path) ->
         plan_parts(domain(str(tmp_path)))
 
 
-def test_hub_datasets_are_known_by_revision_and_read_through_datasets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = {r: leaf_digest(plan_parts(domain("some/set", revision=r))[0]) for r in ("abc", "def")}
-    assert plan["abc"] != plan["def"]
-    lines(tmp_path, "some/set/train.jsonl", 0, 4)
-    monkeypatch.chdir(tmp_path)  # `datasets` takes a local folder of this name for the hub's
-    source = SourceConfig(path="some/set", revision="abc")
-    found = list(read_piece(Piece(0, "hub:some/set::train:abc"), source))
-    assert [(file, line, raw["text"][:6]) for file, line, raw in found] == [
-        ("some/set@abc", i + 1, f"text {i}") for i in range(4)
-    ]
-
-
-def test_a_hub_dataset_that_cant_be_read_is_one_clear_error() -> None:
-    with pytest.raises(DataError, match="hub dataset no/where"):
-        list(read_piece(Piece(0, "hub:no/where::train:abc"), SourceConfig(path="no/where", revision="abc")))
+def test_hub_datasets_are_known_by_the_commit_that_is_pinned() -> None:
+    plan = {r: leaf_digest(plan_parts(domain("some/set", revision=r))[0]) for r in ("a" * 40, "b" * 40)}
+    assert plan["a" * 40] != plan["b" * 40]
+    for branch in ("", "main", "refs/convert/parquet"):
+        with pytest.raises(ConfigError, match="commit sha"):
+            plan_parts(domain("some/set", revision=branch))
 
 
 @pytest.mark.parametrize(
