@@ -61,7 +61,7 @@ class _LaneProduct(torch.autograd.Function):
         hidden = []
         for rows, f in site.seated:
             h_GNR = torch.bmm(_by_lane(seen_BTI, rows, f), f.A_GRI.mT).mul_(f.scale_G11)
-            _by_lane(y_BTO, rows, f).baddbmm_(h_GNR, f.B_GOR.mT)
+            _by_lane(y_BTO, rows, f).baddbmm_(h_GNR, f.B_GRO)
             hidden.append(h_GNR)
         ctx.site, ctx.shares_input = site, dropped_BTI is None
         ctx.save_for_backward(seen_BTI, *hidden)
@@ -76,8 +76,8 @@ class _LaneProduct(torch.autograd.Function):
         target = dx_BTI if ctx.shares_input else dropped
         for (rows, f), h_GNR in zip(ctx.site.seated, hidden, strict=True):
             dy_GNO = _by_lane(dy_BTO, rows, f)
-            _add_product(f.grad_B_GOR, dy_GNO.mT, h_GNR)
-            dh_GNR = torch.bmm(dy_GNO, f.B_GOR).mul_(f.scale_G11)
+            _add_product(f.grad_B_GRO, h_GNR.mT, dy_GNO)
+            dh_GNR = torch.bmm(dy_GNO, f.B_GRO.mT).mul_(f.scale_G11)
             _add_product(f.grad_A_GRI, dh_GNR.mT, _by_lane(seen_BTI, rows, f))
             if target is not None:
                 _by_lane(target, rows, f).baddbmm_(dh_GNR, f.A_GRI)
@@ -92,8 +92,12 @@ class _LaneProduct(torch.autograd.Function):
 
 def _by_lane(x_BTX: torch.Tensor, rows: slice, factors: Factors) -> torch.Tensor:
     """Returns the rows of a run as [G, N, X], in the dtype of its products: a view where nothing is to be cast."""
-    own = x_BTX[rows].to(factors.A_GRI.dtype)
+    own = (x_BTX if _is_all(rows, len(x_BTX)) else x_BTX[rows]).to(factors.A_GRI.dtype)
     return own.reshape(len(factors.A_GRI), -1, own.shape[-1])
+
+
+def _is_all(rows: slice, num_rows: int) -> bool:
+    return rows.start in (None, 0) and rows.stop in (None, num_rows)
 
 
 def _add_product(sum_GXY: torch.Tensor, a_GXN: torch.Tensor, b_GNY: torch.Tensor) -> None:
