@@ -27,21 +27,23 @@ SHAPES = {
 }
 
 
-def prepare(folder: Path, shape: str, row_tokens: int, num_rows: int) -> None:
+def prepare(folder: Path, shape: str, row_tokens: int, num_rows: int, dtype: str) -> None:
     """Makes a random base, its pre-quantized copy, and rows."""
-    from qlora_dist.config.model import ModelConfig
+    from qlora_dist.config.model import Dtype, ModelConfig
     from qlora_dist.config.stages import BaseConfig
     from qlora_dist.model.base import prepare_base
     from qlora_dist.testing import save_rows, save_tiny_model
 
     model = save_tiny_model(folder / "model", dtype="bfloat16", **SHAPES[shape])
     (folder / "base").mkdir()
-    prepare_base(BaseConfig(model=ModelConfig(path=str(model))), {}, folder / "base")
+    stored = ModelConfig(path=str(model), compute_dtype=Dtype[dtype])
+    prepare_base(BaseConfig(model=stored), {}, folder / "base")
     save_rows(folder / "rows", num_rows, row_tokens)
 
 
 def train_once(folder: Path, strategy: str, options: dict[str, Any]) -> dict[str, Any]:
     """Trains in this process and returns speed over the steps after the first, peak memory and the last loss."""
+    from qlora_dist.config.model import Dtype, ModelConfig
     from qlora_dist.config.stages import AdapterConfig
     from qlora_dist.config.train import LoraConfig, StrategyConfig, StrategyName, TrainConfig
     from qlora_dist.runtime import rank, sinks, world_size
@@ -69,6 +71,7 @@ def train_once(folder: Path, strategy: str, options: dict[str, Any]) -> dict[str
         dense_cache_share=options.get("dense_cache_share", -1.0),
     )
     config = AdapterConfig(
+        model=ModelConfig(compute_dtype=Dtype[options["dtype"]]),
         lora=LoraConfig(lora_rank=16),
         train=recipe,
         strategy=StrategyConfig(name=StrategyName[strategy], world_size=world_size()),
@@ -90,16 +93,16 @@ def train_once(folder: Path, strategy: str, options: dict[str, Any]) -> dict[str
     }
 
 
-def load_once(folder: Path, how: str) -> dict[str, Any]:
+def load_once(folder: Path, how: str, options: dict[str, Any]) -> dict[str, Any]:
     """Loads the base in this process, imports apart, and returns the seconds it took."""
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
 
-    from qlora_dist.config.model import ModelConfig
+    from qlora_dist.config.model import Dtype, ModelConfig
     from qlora_dist.model.base import load_model, open_base
     from qlora_dist.model.prequantized import load_prequantized
 
-    base, config = open_base(folder / "base"), ModelConfig()
+    base, config = open_base(folder / "base"), ModelConfig(compute_dtype=Dtype[options["dtype"]])
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM._model_mapping[type(_config_of(base))]  # the architecture's module, imported for both
@@ -176,9 +179,9 @@ def compare_training(folder: Path, options: dict[str, Any], pairs: int) -> list[
     return lines
 
 
-def compare_loading(folder: Path, pairs: int) -> list[str]:
+def compare_loading(folder: Path, options: dict[str, Any], pairs: int) -> list[str]:
     """Compares reading the pre-quantized base with transformers' quantization on the fly."""
-    found = in_turn(folder, "load", ("quantize", "stored"), {}, pairs)
+    found = in_turn(folder, "load", ("quantize", "stored"), options, pairs)
     lines = ["| | seconds | CPU seconds |", "|---|---|---|"]
     for side, name in (("quantize", "transformers, quantized on the fly"), ("stored", "the pre-quantized base")):
         cells = [spread([r[key] for r in found[side]], "{:.3f}") for key in ("seconds", "cpu_s")]
@@ -200,6 +203,16 @@ def compare_strategies(folder: Path, options: dict[str, Any], sizes: Sequence[in
     return lines
 
 
+def fastest_dtype() -> str:
+    """Returns the compute dtype in which this machine multiplies fastest: on old CPUs that isn't a 16-bit one."""
+    import torch
+
+    from qlora_dist.model.frozen import product_dtype
+    from qlora_dist.runtime import device
+
+    return str(product_dtype(torch.bfloat16, device().type)).removeprefix("torch.")
+
+
 def circumstances() -> str:
     """Returns hardware, versions and commit."""
     import torch
@@ -217,22 +230,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--dtype", default="", help="of products; by default the one that this machine is fastest in")
     parser.add_argument("--one", nargs=4, metavar=("WHAT", "HOW", "FOLDER", "OPTIONS"))
     args = parser.parse_args()
     if args.one:
         what, how, folder, options = args.one
-        run = train_once(Path(folder), how, json.loads(options)) if what == "train" else load_once(Path(folder), how)
+        run = (
+            train_once(Path(folder), how, json.loads(options))
+            if what == "train"
+            else load_once(Path(folder), how, json.loads(options))
+        )
         print(json.dumps(run))
         return
-    options = {"row_tokens": 128, "tokens_per_step": 1024, "micro_batch_tokens": 512, "steps": 8}
+    options: dict[str, Any] = {"row_tokens": 128, "tokens_per_step": 512, "micro_batch_tokens": 128, "steps": 6}
+    options["dtype"] = args.dtype or fastest_dtype()
     shape, pairs = ("tiny", 1) if args.small else ("small", args.pairs)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, shape, options["row_tokens"], 64)
-        text = ["# Training", "", circumstances(), f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, bfloat16."]
+        prepare(folder, shape, options["row_tokens"], 64, options["dtype"])
+        text = [
+            "# Training",
+            "",
+            circumstances(),
+            f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, {options['dtype']}.",
+        ]
         text += [f"Recipe: LoRA rank 16, {json.dumps(options)}. Median (least – greatest) of {pairs} runs in turn.", ""]
         text += ["## Against the stock workflow", "", *compare_training(folder, options, pairs), ""]
-        text += ["## Loading", "", *compare_loading(folder, pairs), ""]
+        text += ["## Loading", "", *compare_loading(folder, options, pairs), ""]
         sizes = (1, 2) if args.small else (1, 2, 4)
         text += ["## Strategies", "", *compare_strategies(folder, options, sizes, 1 if args.small else 3), ""]
     print("\n".join(text))

@@ -1,0 +1,184 @@
+"""Lanes: K adapters trained at once on one base, against K runs of the loop and K runs of the stock workflow.
+
+`python benchmarks/bench_lanes.py` writes benchmarks/results/lanes.md; `--small` runs in a minute and writes nothing.
+The three sides train the same adapters on the same rows, in turn, in one process on one thread; peak memory is
+measured in a process of its own for each side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench_train import SHAPES, circumstances, spread
+
+RESULTS = Path(__file__).parent / "results" / "lanes.md"
+SIDES = {"stock": "K runs of Trainer + peft + bitsandbytes", "solo": "K runs of the loop", "fused": "K lanes, fused"}
+WATCHED_STEPS = 2
+"""The certificate looks closely at the first two steps: they are not timed, on any side."""
+
+
+def prepare(folder: Path, shape: str, num_tokens: tuple[int, ...]) -> None:
+    """Makes a random base in float32, its pre-quantized copy, and rows of each length."""
+    from qlora_dist.config.model import Dtype, ModelConfig
+    from qlora_dist.config.stages import BaseConfig
+    from qlora_dist.model.base import prepare_base
+    from qlora_dist.testing import save_rows, save_tiny_model
+
+    model = save_tiny_model(folder / "model", **SHAPES[shape])
+    (folder / "base").mkdir()
+    prepare_base(BaseConfig(model=ModelConfig(path=str(model), compute_dtype=Dtype.float32)), {}, folder / "base")
+    for size in num_tokens:
+        save_rows(folder / f"rows-{size}", 64, size)
+
+
+def configs_of(num_lanes: int, tokens: int, steps: int) -> dict[str, Any]:
+    """Returns K recipes: ranks 8, 16 and 32, alphas, learning rates and seeds of their own, one row a step."""
+    from qlora_dist.config.model import Dtype, ModelConfig
+    from qlora_dist.config.stages import AdapterConfig
+    from qlora_dist.config.train import LoraConfig, StrategyConfig, StrategyName, TrainConfig
+
+    train = TrainConfig(
+        row_tokens=tokens, tokens_per_step=tokens, micro_batch_tokens=tokens, max_steps=steps, epochs=1000
+    )
+    return {
+        f"lane-{k}": AdapterConfig(
+            model=ModelConfig(compute_dtype=Dtype.float32),
+            lora=LoraConfig(lora_rank=(16, 8, 16, 32)[k % 4], lora_alpha=(16.0, 32.0)[k % 2]),
+            train=replace(train, learning_rate=1e-3 / (1 + k % 3)),
+            strategy=StrategyConfig(name=StrategyName.ddp),
+            seed=k,
+        )
+        for k in range(num_lanes)
+    }
+
+
+class Times:
+    """A sink that notes when each step was logged, and its loss."""
+
+    def __init__(self) -> None:
+        self.cpu: list[float] = []
+        self.loss: list[float] = []
+
+    def log(self, step: int, values: Any) -> None:
+        """Notes one step."""
+        self.cpu.append(time.process_time())
+        self.loss.append(values["loss"])
+
+    def seconds(self) -> float:
+        """Returns the CPU seconds of the steps that are timed."""
+        return self.cpu[-1] - self.cpu[WATCHED_STEPS - 1]
+
+
+def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) -> dict[str, Any]:
+    """Trains K adapters on one side; returns tokens a CPU second of the timed steps, and each lane's last loss."""
+    from contextlib import ExitStack
+
+    from qlora_dist.config.train import StrategyConfig, StrategyName
+    from qlora_dist.runtime import sinks
+    from qlora_dist.train import train_adapter, train_adapters
+
+    configs = configs_of(num_lanes, tokens, steps)
+    inputs = {"base": folder / "base", "tokenizer": folder / "model", "rows": folder / f"rows-{tokens}"}
+    times = {label: Times() for label in configs}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        outs = {label: Path(name) / label for label in configs}
+        for out in outs.values():
+            out.mkdir()
+        if side == "fused":
+            for label, own in times.items():
+                stack.enter_context(sinks(own, lane=label))
+            train_adapters(configs, dict.fromkeys(configs, inputs), outs)
+            seconds = times["lane-0"].seconds()
+        else:
+            for label, config in configs.items():
+                strategy = StrategyConfig(name=StrategyName.single) if side == "stock" else config.strategy
+                with sinks(times[label]):
+                    train_adapter(replace(config, strategy=strategy), inputs, outs[label])
+            seconds = sum(own.seconds() for own in times.values())
+    timed = num_lanes * tokens * (steps - WATCHED_STEPS)
+    return {"tokens_per_cpu_s": timed / seconds, "losses": [own.loss[-1] for own in times.values()]}
+
+
+def compare(folder: Path, num_lanes: int, tokens: int, pairs: int, steps: int) -> str:
+    """Returns one line of the table: the three sides in turn, `pairs` times."""
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for _ in range(pairs):
+        for side in SIDES:
+            found[side].append(train_all(folder, side, num_lanes, tokens, steps))
+    speed = {side: [run["tokens_per_cpu_s"] for run in runs] for side, runs in found.items()}
+    cells = [spread(speed[side]) for side in SIDES]
+    others = ("stock", "solo")
+    cells += [spread([a / b for a, b in zip(speed["fused"], speed[s], strict=True)], "{:.2f}") for s in others]
+    fused = found["fused"][0]["losses"]
+    cells += [f"{max(abs(a - b) for a, b in zip(fused, found[side][0]['losses'], strict=True)):.1e}" for side in others]
+    return f"| {num_lanes} | {tokens} | " + " | ".join(cells) + " |"
+
+
+def peak_bytes(folder: Path, side: str, num_lanes: int, tokens: int) -> int:
+    """Returns the peak memory of one side in a process of its own; runs that follow each other need one base."""
+    argv = [sys.executable, __file__, "--one", side, str(folder), str(num_lanes), str(tokens)]
+    done = subprocess.run(argv, env=os.environ, capture_output=True, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found["peak_bytes"]
+
+
+def memory_table(folder: Path, num_lanes: int, tokens: int) -> list[str]:
+    """Compares the peak memory of K lanes in one process with that of one run, K of which would run side by side."""
+    one, fused = (peak_bytes(folder, *what) for what in (("solo", 1, tokens), ("fused", num_lanes, tokens)))
+    stock = peak_bytes(folder, "stock", 1, tokens)
+    return [
+        "| | peak memory, MB |",
+        "|---|---|",
+        f"| one stock run | {stock / 1e6:,.0f} |",
+        f"| one run of the loop | {one / 1e6:,.0f} |",
+        f"| {num_lanes} lanes, fused | {fused / 1e6:,.0f} |",
+        "",
+        f"{num_lanes} stock runs side by side would take {num_lanes * stock / 1e6:,.0f} MB.",
+    ]
+
+
+def main() -> None:
+    """Runs all measurements, or one of them in this process."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--one", nargs=4, metavar=("SIDE", "FOLDER", "LANES", "TOKENS"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.one:
+        from qlora_dist.train.memory import peak_memory_bytes
+
+        side, folder, lanes, tokens = args.one
+        train_all(Path(folder), side, int(lanes), int(tokens), 3)
+        print(json.dumps({"peak_bytes": peak_memory_bytes()}))
+        return
+    shape, pairs, steps = ("tiny", 1, 3) if args.small else ("small", args.pairs, 4)
+    lanes, sizes = ((2, 4), (32,)) if args.small else ((4, 8, 16), (32, 128))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, shape, sizes)
+        text = ["# Lanes", "", circumstances(), f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, float32."]
+        text += ["Ranks 8, 16, 32; one row a lane and step. Tokens a CPU second on one thread of the steps after the"]
+        text += [f"second: median (least – greatest) of {pairs} runs in turn. Gaps: the largest in any last loss.", ""]
+        head = ["K", "tokens a lane", *SIDES.values(), "fused / stock", "fused / solo", "gap to stock", "gap to solo"]
+        text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        text += [compare(folder, k, size, pairs, steps) for size in sizes for k in lanes]
+        text += ["", "## Memory", "", *memory_table(folder, lanes[-1], sizes[-1]), ""]
+    print("\n".join(text))
+    if not args.small:
+        RESULTS.write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
