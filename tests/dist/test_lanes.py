@@ -11,6 +11,7 @@ from qlora_dist.train import train_adapter, train_adapters
 RANKS = (4, 8, 16, 24, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_group_over_two_processes_is_its_solo_runs(pool, inputs, recipe, tmp_path, strategy):
     configs = {}
