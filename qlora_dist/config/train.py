@@ -30,6 +30,7 @@ class StrategyName(Enum):
     single = "single"
     ddp = "ddp"
     fsdp = "fsdp"
+    deepspeed = "deepspeed"
     auto = "auto"
 
 
@@ -81,12 +82,16 @@ class StrategyConfig:
     name: StrategyName = execution(StrategyName.single)
     world_size: int = execution(1, at_least=1)
     ranks_per_group: int = execution(0, at_least=0)
+    zero_stage: int = execution(2, at_least=2, at_most=3)
     timeout_s: float = execution(600.0, above=0)
 
     def check(self, key: str) -> None:
         """Refuses several processes for the strategy of one."""
         if self.name is StrategyName.single and self.world_size > 1:
             raise bad_value(f"{key}.world_size", self.world_size, f"1 with {key}.name=single")
+        if self.name is StrategyName.deepspeed and self.world_size == 1:
+            repair = "Set strategy=ddp for one process."
+            raise bad_value(f"{key}.world_size", 1, f"2 or more with {key}.name=deepspeed, which divides", repair)
         if self.ranks_per_group and self.name is not StrategyName.fsdp:
             raise bad_value(f"{key}.ranks_per_group", self.ranks_per_group, f"0 with {key}.name={self.name.name}")
 

@@ -110,7 +110,21 @@ class PrequantizedReader:
                 module._parameters[name] = weight
             else:
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        _settle(model)
+        self.settle(model)
+
+    def fill_module(self, module: nn.Module) -> None:
+        """Reads one module's own parameters as plain ones, its children's not; `settle` is due after the last."""
+        for owner, name, own in self._parameters(module):
+            if owner is module:
+                module._parameters[name] = nn.Parameter(self._file.read(own).to(device()), requires_grad=False)
+                self._give_state(module, name, own)
+
+    def settle(self, model: Any) -> None:
+        """Ties what is tied, and moves the buffers, which no file holds, to the device."""
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device())
+        model.tie_weights()
 
     def shape_on_meta(self, model: Any) -> None:
         """Gives every parameter its stored shape and no memory, so that it can be divided before it is read."""
@@ -119,13 +133,13 @@ class PrequantizedReader:
             empty = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             module._parameters[name] = nn.Parameter(empty, requires_grad=False)
             self._give_state(module, name, own)
-        _settle(model)
+        self.settle(model)
 
     def fill_parts(self, model: Any) -> None:
         """Reads this rank's part of every divided parameter, and nothing else of it."""
         for module, name, own in self._parameters(model):
             module._parameters[name] = nn.Parameter(self._part(own, module._parameters[name]), requires_grad=False)
-        _settle(model)
+        self.settle(model)
 
     def _parameters(self, model: nn.Module) -> Iterator[tuple[Any, str, str]]:
         """Yields (module, parameter, its name in the file); tied ones stand in the file once."""
@@ -156,14 +170,6 @@ class PrequantizedReader:
         local = self._file.read_rows(own, offset[0], offset[0] + shape[0]).to(device())
         whole = {"shape": parameter.shape, "stride": parameter.stride()}
         return DTensor.from_local(local, mesh, placements, **whole)
-
-
-def _settle(model: Any) -> None:
-    """Ties what is tied, and moves the buffers, which no file holds, to the device."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device())
-    model.tie_weights()
 
 
 def load_prequantized(base: Base, model: ModelConfig) -> Any:

@@ -46,7 +46,7 @@ def check_base(certificate: Certificate, model: LaneModel, config: ModelConfig) 
 def check_placement(certificate: Certificate, model: LaneModel, strategy: Strategy, whole_bytes: int) -> None:
     """Checks that each rank holds its part of the base and no more: FSDP has left 4-bit weights whole in silence."""
     held = strategy.base_bytes(model)
-    whole = [n for n, p in model.named_parameters() if not p.requires_grad and not isinstance(p, DTensor)]
+    whole = [n for n, p in model.named_parameters() if not p.requires_grad and not _is_divided(p)]
     num_parts = strategy.num_parts
     predicted = whole_bytes / num_parts
     certificate.require(
@@ -165,14 +165,26 @@ class Watch:
         )
 
 
+def _is_divided(parameter: torch.Tensor) -> bool:
+    """Says whether FSDP or ZeRO-3 has divided a parameter over the ranks."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """Returns what this rank holds of a parameter."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    part: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part
+
+
 def base_fingerprint(model: LaneModel) -> list[int]:
     """Returns two checksums of this rank's bytes of the base, computed where they lie."""
     plain, placed = 0, 0
     for parameter in model.parameters():
         if parameter.requires_grad:
             continue
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        data = local.detach().contiguous().view(-1).view(torch.uint8)
+        data = _local(parameter).detach().contiguous().view(-1).view(torch.uint8)
         for start in range(0, data.numel(), 1 << 24):
             part = data[start : start + (1 << 24)].to(torch.int64)
             plain += int(part.sum())

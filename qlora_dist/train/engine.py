@@ -58,6 +58,7 @@ class Engine:
             engine.place_stored(base, model)
         else:
             engine.place(model)
+        strategy.adopt(lanes)
         if strategy.num_parts == 1:
             engine.dense_cache_bytes = keep_dense_within(engine.stepper.model, cache_budget(train, strategy.device))
         return engine
@@ -71,14 +72,9 @@ class Engine:
         """Places a pre-quantized base: read whole, or divided first, so that each rank reads its part alone."""
         lane_model = self.stepper.model
         with PrequantizedReader(base) as reader:
-            if self.stepper.strategy.num_parts == 1:
-                reader.fill(lane_model.model)
-                self.place(model)
-                return
             reader.shape_on_meta(lane_model.model)
             self._measure(model)
-            self.stepper.strategy.prepare(lane_model)
-            reader.fill_parts(lane_model.model)
+            self.stepper.strategy.read(lane_model, reader)
 
     def _measure(self, model: ModelConfig) -> None:
         """Notes the base's bytes and dtypes while its parameters have their whole shapes."""

@@ -132,6 +132,7 @@ class Loop:
             course.step = course.first_step = step
             if strategy.rank == 0:
                 keep_metrics(course.metrics, step)
+        strategy.scatter([c.lane for c in self.courses])
         self.round = int(places_K2[:, 1].max())
 
     def _tell(self, running: dict[int, Course], results: dict[int, StepResult], progress: Progress) -> None:
@@ -157,9 +158,10 @@ class Loop:
         """Writes checkpoints when it is time, or some lane has ended; stops when any rank was asked to."""
         kept = [c for c in courses if c.error is None]
         stop = self.stepper.wants_stop and any(c.is_running for c in kept)
-        if must or stop or self._clock.since_saved() >= self.checkpoint_every_s:
-            if self.stepper.strategy.rank == 0:
-                for c in kept:
+        strategy = self.stepper.strategy
+        if must or stop or strategy.agree(self._clock.since_saved() >= self.checkpoint_every_s):
+            with strategy.gathered([c.lane for c in kept]):
+                for c in kept if strategy.rank == 0 else ():
                     c.checkpoints.save(c.step, lane_state(c.lane), round=self.round, group=self.group)
             self._clock.note_saved()
         if stop:

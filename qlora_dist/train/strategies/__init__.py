@@ -6,10 +6,14 @@ summed gradient. A strategy decides where the frozen base lives.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 
+from qlora_dist.model.prequantized import PrequantizedReader
+from qlora_dist.train.lanes import Lane
 from qlora_dist.train.loss import LaneModel
 
 
@@ -24,7 +28,22 @@ class Strategy(Protocol):
     device: torch.device
 
     def prepare(self, model: LaneModel) -> None:
-        """Places the base: replicated, or sharded over the ranks."""
+        """Places a base that is in memory whole: replicated, or sharded over the ranks."""
+
+    def read(self, model: LaneModel, reader: PrequantizedReader) -> None:
+        """Reads a pre-quantized base from its file, each rank what it holds of it."""
+
+    def adopt(self, lanes: Sequence[Lane]) -> None:
+        """Readies the lanes' optimizers, after the base is placed."""
+
+    def gathered(self, lanes: Sequence[Lane]) -> AbstractContextManager[None]:
+        """Has each lane's whole optimizer state at hand on rank 0, inside the `with` block; all ranks enter it."""
+
+    def scatter(self, lanes: Sequence[Lane]) -> None:
+        """Takes over factors and optimizer state that were restored, the same on every rank."""
+
+    def agree(self, wish: bool) -> bool:
+        """Says whether all ranks do now what this one wishes (a checkpoint), where they can only do it together."""
 
     def sum_over_ranks(self, values: list[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over all ranks, the same bits on every rank."""

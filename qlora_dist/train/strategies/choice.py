@@ -29,6 +29,10 @@ def choose_strategy(config: AdapterConfig, base: Base) -> Strategy:
         replicated.sum_over_ranks([too_big])
         name = StrategyName.fsdp if too_big.item() and replicated.world_size > 1 else StrategyName.ddp
         log.info("strategy=auto: %s, since ddp needs %.2f GB", name.name, needed_bytes(config, base) / 1e9)
+    if name is StrategyName.deepspeed:
+        from qlora_dist.train.strategies.deepspeed import ZeroBase
+
+        return ZeroBase(config.strategy.zero_stage)
     return ShardedBase(config.strategy.ranks_per_group) if name is StrategyName.fsdp else replicated
 
 

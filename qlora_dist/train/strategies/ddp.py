@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_dist.model.prequantized import PrequantizedReader
 from qlora_dist.runtime import device, rank, world_size
+from qlora_dist.train.lanes import Lane
 from qlora_dist.train.loss import LaneModel
 
 
@@ -23,6 +26,24 @@ class ReplicatedBase:
 
     def prepare(self, model: LaneModel) -> None:
         """Leaves the base as it is."""
+
+    def read(self, model: LaneModel, reader: PrequantizedReader) -> None:
+        """Reads the whole base."""
+        reader.fill(model.model)
+
+    def adopt(self, lanes: Sequence[Lane]) -> None:
+        """Leaves the lanes' optimizers as they are: whole on each rank."""
+
+    def gathered(self, lanes: Sequence[Lane]) -> AbstractContextManager[None]:
+        """Has nothing to gather."""
+        return nullcontext()
+
+    def scatter(self, lanes: Sequence[Lane]) -> None:
+        """Has nothing to divide."""
+
+    def agree(self, wish: bool) -> bool:
+        """Lets each rank do as it wishes: rank 0 saves by itself."""
+        return wish
 
     def sum_over_ranks(self, values: list[torch.Tensor]) -> None:
         """Replaces each tensor by its sum over all ranks, in one float32 message."""

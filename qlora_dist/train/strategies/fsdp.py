@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from qlora_dist.model.prequantized import PrequantizedReader
 from qlora_dist.train.loss import LaneModel
 from qlora_dist.train.strategies.ddp import ReplicatedBase, frozen_parameters
 
@@ -35,6 +36,11 @@ class ShardedBase(ReplicatedBase):
         for layer in decoder_layers(model):
             fully_shard(layer, mesh=mesh, ignored_params=adapters, reshard_after_forward=True)
         fully_shard(model, mesh=mesh, ignored_params=adapters, reshard_after_forward=True)
+
+    def read(self, model: LaneModel, reader: PrequantizedReader) -> None:
+        """Divides the empty shapes, then reads this rank's part of each tensor alone."""
+        self.prepare(model)
+        reader.fill_parts(model.model)
 
     def base_bytes(self, model: LaneModel) -> int:
         """Returns the bytes of the base's weights that this rank holds."""
