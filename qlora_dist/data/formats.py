@@ -128,10 +128,20 @@ class _Span(io.RawIOBase):
 
 
 def _lines_before(path: Path, start: int) -> int:
-    if not start:
-        return 0
     with path.open("rb") as file:
         return _skip_to(file, start)
+
+
+def _csv_lines_before(path: Path, start: int) -> int:
+    """Counts lines as the csv module does: a return ends one too."""
+    number, is_after_return = 0, False
+    with path.open("rb") as file:
+        while start > 0 and (block := file.read(min(start, 2**24))):
+            number += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+            number -= is_after_return and block.startswith(b"\n")
+            is_after_return = block.endswith(b"\r")
+            start -= len(block)
+    return number
 
 
 def _skip_to(file: BinaryIO, start: int) -> int:
@@ -219,8 +229,8 @@ def _parquet(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
 def _csv(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
     csv.field_size_limit(MAX_EXAMPLE_BYTES)
     names = _column_names(path) if start else None
-    before = _lines_before(path, start)
-    with io.TextIOWrapper(span(path, start, end), encoding="utf-8-sig", newline="") as file:
+    before = _csv_lines_before(path, start)
+    with io.TextIOWrapper(span(path, start, end), encoding="utf-8" if start else "utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, names, delimiter=chr(DELIMITERS[suffix(path)]))
         for row in rows:
             line = before + rows.line_num

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.config.data import DomainConfig, SourceConfig
@@ -48,7 +48,9 @@ def test_csv_is_divided_between_records_whatever_their_quotes(
 
 
 @settings(max_examples=60)
-@given(st.text(st.sampled_from('ab,"\n\r'), max_size=200), st.integers(1, 40), st.integers(8, 64))
+@given(st.text(st.sampled_from('ab,"\n\r\ufeff'), max_size=200), st.integers(1, 40), st.integers(8, 64))
+@example("\ra\na", 1, 8)
+@example("a,b\r\n\ufeffa,b\r\n" * 3, 1, 8)
 def test_csv_of_stray_quotes_is_read_as_python_reads_it(
     tmp_path_factory: Any, rest: str, part: int, scanned: int
 ) -> None:
