@@ -3,11 +3,12 @@
 Inputs, besides the adapters by label: `base`, and for each label `rows-<label>`, packed rows that aren't held out
 for the final scores.
 
-Letters: B rows, T slots of a row, P adapters.
+Letters: B rows, T slots of a row, P adapters, W weights: one for each adapter, or for each adapter in each module.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from qlora_dist.adapters.merge import BASE, ROWS
 from qlora_dist.adapters.methods import greedy_soup, learned, regmean
 from qlora_dist.adapters.mixture import collect_grams, mixture, read_parts
 from qlora_dist.adapters.rules import ModuleFacts, Rule, merge_rule
-from qlora_dist.config.merge import MergeConfig, MergeMethod
+from qlora_dist.config.merge import LearnedPer, MergeConfig, MergeMethod
 from qlora_dist.config.stages import MergedConfig
 from qlora_dist.data.rows import Rows, row_order
 from qlora_dist.errors import ModelError
@@ -52,27 +53,37 @@ def calibrated_rule(
     is_soup = config.merge.method is MergeMethod.greedy_soup
     found = (soup_weights if is_soup else learn_weights)(config.merge, model, adapters, rows)
     exact = MergeMethod.svd if config.merge.rank or config.merge.energy else MergeMethod.concat
-    return merge_rule(replace(config.merge, method=exact), found), found
+    num_parts, modules = len(adapters), adapters[0].modules
+    by_module = {m: found[i * num_parts : (i + 1) * num_parts] for i, m in enumerate(modules)}
+    if len(found) == num_parts:
+        return merge_rule(replace(config.merge, method=exact), found), found
+    means = [sum(found[i::num_parts]) / len(modules) for i in range(num_parts)]
+    return merge_rule(replace(config.merge, method=exact), means, by_module), means
 
 
 def learn_weights(
     merge: MergeConfig, model: torch.nn.Module, adapters: Sequence[PeftFolder], rows: Sequence[Rows]
 ) -> list[float]:
-    """Returns the weights with the lowest mean loss over all parts' rows, found by Adam from their mean."""
+    """Returns the weights with the lowest mean loss over all parts' rows, found by Adam from their mean.
+
+    There is one for each adapter, or with `learned_per=module` one for each adapter of the first module, then of the
+    second, and so on.
+    """
     parts = read_parts(adapters)
+    shape = (len(parts), len(adapters)) if merge.learned_per is LearnedPer.module else (len(adapters),)
     batches = [batch for part in rows for batch in batches_of(part, merge.calibration_rows, merge.seed)]
 
-    def loss(weights_P: torch.Tensor) -> torch.Tensor:
-        value, gradient_P = 0.0, torch.zeros_like(weights_P)
+    def loss(weights_W: torch.Tensor) -> torch.Tensor:
+        value, gradient_W = 0.0, torch.zeros_like(weights_W)
         for batch in batches:  # one graph at a time: memory is that of one batch
-            with mixture(model, parts, weights_P):
+            with mixture(model, parts, weights_W.view(shape)):
                 one = completion_loss(model, batch) / len(batches)
-            gradient_P += torch.autograd.grad(one, weights_P)[0]
+            gradient_W += torch.autograd.grad(one, weights_W)[0]
             value += float(one.detach())
-        return value + ((weights_P - weights_P.detach()) * gradient_P).sum()
+        return value + ((weights_W - weights_W.detach()) * gradient_W).sum()
 
     start = 1 / len(adapters)
-    return learned(len(adapters), loss, steps=merge.steps, learning_rate=merge.learning_rate, start=start)
+    return learned(math.prod(shape), loss, steps=merge.steps, learning_rate=merge.learning_rate, start=start)
 
 
 @torch.no_grad()
@@ -152,7 +163,7 @@ def _regmean_rule(
         cut, sigma_S = compress(whole, merge.rank, merge.energy)
         written = cut if merge.rank or merge.energy else whole
         products_PP = Core(factors).inner_products()
-        return written, ModuleFacts(written.rank, [f.rank for f in factors], products_PP, sigma_S)
+        return written, ModuleFacts(written.rank, list(weights), [f.rank for f in factors], products_PP, sigma_S)
 
     return rule
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_dist.adapters.merge import BASE, CALIBRATED, MERGE_FILE, ROWS, merge_adapters
+from qlora_dist.adapters.merge import BASE, MERGE_FILE, ROWS, merge_adapters
 from qlora_dist.config.fields import check
-from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
+from qlora_dist.config.merge import CALIBRATED, LearnedPer, MergeConfig, MergeMethod, MergeWeights
 from qlora_dist.config.model import ModelConfig
 from qlora_dist.config.stages import MergedConfig
 from qlora_dist.errors import ConfigError, ModelError, QloraDistError, bad_value, nearest
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m qlora_dist.adapters.merge"
 ADAPTER_FILE, SUMMARY_FILE = "adapter_config.json", "summary.json"
+CHOSEN_STAGES = ("winner", "halved")
+"""Of a swept run, the stages that leave the adapter that was chosen for a shard."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=default.seed, help="dare: of the draw (default %(default)s)")
     p.add_argument("--base", default="", metavar="DIR", help="regmean, learned, greedy_soup: a run's base artifact")
     p.add_argument("--rows", default="", metavar="DIR", help="the same: packed rows, development data for greedy_soup")
+    p.add_argument("--learned-per", default=default.learned_per.name, help="learned: adapter | module")
     p.add_argument("--workers", type=int, default=default.workers, help="threads; 0: one a core")
     return p
 
@@ -101,9 +104,11 @@ def _folders_of(argument: str) -> list[tuple[str, Path]]:
 
 
 def _folders_of_run(run: Path) -> list[tuple[str, Path]]:
-    """Returns the trained adapters of a run, by the labels that the run gave them."""
+    """Returns a run's adapters by the labels of their shards: of a sweep those that were chosen."""
     nodes = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))["nodes"]
-    return [(n["label"], Path(n["folder"])) for n in nodes if n["stage"] == "adapter" and "folder" in n]
+    chosen = [n for n in nodes if n["stage"] in CHOSEN_STAGES]
+    found = chosen or [n for n in nodes if n["stage"] == "adapter"]
+    return [(n["label"], Path(n["folder"])) for n in found if "folder" in n]
 
 
 def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> MergedConfig:
@@ -119,10 +124,13 @@ def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> Merge
     if MergeMethod[arguments.method] in CALIBRATED and not (arguments.base and arguments.rows):
         repair = "Give --base and --rows, folders below runs/artifacts, or set merge.method in a run."
         raise bad_value("--method", arguments.method, "--base and --rows with it: it looks at data", repair)
+    if arguments.learned_per not in LearnedPer.__members__:
+        raise bad_value("--learned-per", arguments.learned_per, "adapter or module")
     weights, given = _weights(arguments.weights, labels)
     merge = MergeConfig(
         method=MergeMethod[arguments.method],
         weights=weights,
+        learned_per=LearnedPer[arguments.learned_per],
         **{
             name: getattr(arguments, name) for name in ("scale", "rank", "energy", "density", "drop", "seed", "workers")
         },

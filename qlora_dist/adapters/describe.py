@@ -16,13 +16,12 @@ def describe(
 ) -> Facts:
     """Returns the facts of a merge: `parts`, `cosines`, `cross_energy`, `spectrum`, `energy_kept`, ranks, norms.
 
-    `cross_energy` is (‖Σ cᵢΔWᵢ‖² − Σ ‖cᵢΔWᵢ‖²) / Σ ‖cᵢΔWᵢ‖²: 0 for orthogonal parts, negative where they cancel.
+    `cross_energy` is (‖Σ wᵢΔWᵢ‖² − Σ ‖wᵢΔWᵢ‖²) / Σ ‖wᵢΔWᵢ‖²: 0 for orthogonal parts, negative where they cancel.
     `spectrum` is the share of ‖ΔW‖² of the 1st, 2nd … singular value, over all modules.
     """
     products_PP = torch.stack([m.products_PP for m in modules.values()]).sum(0)
     norms_P = products_PP.diagonal().clamp(min=0).sqrt()
-    c_P = torch.tensor([scale * weights[a.label] for a in adapters], dtype=torch.float64)
-    whole, apart = float(c_P @ products_PP @ c_P), float((c_P * norms_P).square().sum())
+    whole, apart = (sum(energies) for energies in zip(*map(_energies, modules.values()), strict=True))
     energy = sum(m.energy for m in modules.values())
     return {
         "parts": [_part(a, weights[a.label], float(norm)) for a, norm in zip(adapters, norms_P, strict=True)],
@@ -36,8 +35,14 @@ def describe(
         "num_modules": len(modules),
         "lora_rank": max(m.lora_rank for m in modules.values()),
         "largest_rank": max(sum(m.ranks) for m in modules.values()),
-        "modules": {name: _module(m) for name, m in modules.items()},
+        "modules": {name: _module(m, list(weights.values())) for name, m in modules.items()},
     }
+
+
+def _energies(module: ModuleFacts) -> tuple[float, float]:
+    """Returns ‖Σ wᵢΔWᵢ‖² and Σ ‖wᵢΔWᵢ‖² of one module."""
+    w_P = torch.tensor(module.weights, dtype=torch.float64)
+    return float(w_P @ module.products_PP @ w_P), float((w_P.square() * module.products_PP.diagonal()).sum())
 
 
 def _part(adapter: PeftFolder, weight: float, norm: float) -> Facts:
@@ -50,9 +55,10 @@ def _part(adapter: PeftFolder, weight: float, norm: float) -> Facts:
     }
 
 
-def _module(module: ModuleFacts) -> Facts:
+def _module(module: ModuleFacts, weights: Sequence[float]) -> Facts:
     kept = module.kept_energy / module.energy if module.energy else 1.0
-    return {
+    own = {} if module.weights == weights else {"weights": module.weights}
+    return own | {
         "lora_rank": module.lora_rank,
         "ranks": module.ranks,
         "norm": module.kept_energy**0.5,

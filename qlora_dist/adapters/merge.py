@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_dist.config.merge import MergeConfig, MergeMethod
+from qlora_dist.config.merge import CALIBRATED, MergeConfig, MergeMethod
 from qlora_dist.config.stages import MergedConfig, RoundsConfig
 from qlora_dist.runtime import Facts, write_json
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 BASE, ROWS = "base", "rows-"
 """The inputs of a merge that are no adapters: the base, and the rows of each label."""
-CALIBRATED = {MergeMethod.regmean, MergeMethod.learned, MergeMethod.greedy_soup}
-"""Merges that look at rows, and so need the base."""
 MERGE_FILE = "merge.json"
 """Says, beside the merged adapter, which parts it is made of, with which weights and ranks."""
 

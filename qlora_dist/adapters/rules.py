@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,12 @@ from qlora_dist.model.peft_folder import Factors
 class ModuleFacts:
     """What a merge says of one module.
 
-    `products_PP` are the inner products of the parts, `sigma_S` the singular values of the result before it was cut
-    to `lora_rank`, `ranks` the parts' own ranks.
+    `weights` are what each part counted here, `ranks` the parts' own ranks, `products_PP` their inner products,
+    `sigma_S` the singular values of the result before it was cut to `lora_rank`.
     """
 
     lora_rank: int
+    weights: list[float]
     ranks: list[int]
     products_PP: torch.Tensor
     sigma_S: torch.Tensor
@@ -44,17 +45,25 @@ _CORE_METHODS = frozenset(
 )
 
 
-def merge_rule(config: MergeConfig, weights: Sequence[float]) -> Rule:
-    """Returns the function that merges the parts of one module, given its name; pure, and the same on any thread."""
+def merge_rule(
+    config: MergeConfig, weights: Sequence[float], by_module: Mapping[str, Sequence[float]] | None = None
+) -> Rule:
+    """Returns the function that merges the parts of one module, given its name; pure, and the same on any thread.
+
+    Args:
+        config: method, bounds and scale.
+        weights: of each part.
+        by_module: of each part in a module, in place of `weights`.
+    """
 
     def rule(module: str, parts: Sequence[Factors]) -> tuple[Factors, ModuleFacts]:
-        core = Core(parts)
+        core, counts = Core(parts), list((by_module or {}).get(module, weights))
         if config.method in _CORE_METHODS:
-            merged_KL = config.scale * merge_core(config, core.blocks_PKL, weights, module)
+            merged_KL = config.scale * merge_core(config, core.blocks_PKL, counts, module)
             factors, sigma_S = core.lift(merged_KL, config.rank, config.energy)
         else:
-            factors, sigma_S = _merge_factors(config, core, weights)
-        return factors, ModuleFacts(factors.rank, [p.rank for p in parts], core.inner_products(), sigma_S)
+            factors, sigma_S = _merge_factors(config, core, counts)
+        return factors, ModuleFacts(factors.rank, counts, [p.rank for p in parts], core.inner_products(), sigma_S)
 
     return rule
 

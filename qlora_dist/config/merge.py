@@ -34,6 +34,17 @@ class MergeWeights(Enum):
     given = "given"
 
 
+CALIBRATED = frozenset({MergeMethod.regmean, MergeMethod.learned, MergeMethod.greedy_soup})
+"""Merges that look at rows, and so need the base."""
+
+
+class LearnedPer(Enum):
+    """What `learned` finds a weight for: each adapter, or each adapter in each module."""
+
+    adapter = "adapter"
+    module = "module"
+
+
 @dataclass(kw_only=True, slots=True)
 class OuterConfig:
     """The outer Nesterov step of workers that are averaged from a shared start (DiLoCo, arXiv 2311.08105)."""
@@ -48,8 +59,8 @@ class MergeConfig:
 
     `rank` and `energy` bound the lora_rank of the result (0: no bound); `density` is the share of entries that
     `ties` and `knots_ties` keep, `drop` the share that `dare` drops, by `seed`. `regmean`, `learned` and `greedy_soup`
-    look at `calibration_rows` rows of each part; `gram_keep` is RegMean's alpha, `steps` and `learning_rate` are of
-    `learned`.
+    look at `calibration_rows` rows of each part; `gram_keep` is RegMean's alpha, `steps`, `learning_rate` and
+    `learned_per` are of `learned`.
 
     With `compare`, these methods at these `scales`, and each part alone, are scored on development data; the one
     shipped wins the most among those that forget at most `max_forgetting` bits per byte of general text.
@@ -71,6 +82,7 @@ class MergeConfig:
     gram_keep: float = setting(0.9, at_least=0, at_most=1)
     steps: int = setting(30, at_least=1)
     learning_rate: float = setting(0.05, above=0)
+    learned_per: LearnedPer = setting(LearnedPer.adapter)
     workers: int = execution(0, at_least=0)
     compare: list[MergeMethod] = setting(list)
     scales: list[float] = setting(list, above=0, at_most=10)

@@ -12,7 +12,7 @@ from qlora_dist.config import stages as told
 from qlora_dist.config.data import DomainConfig
 from qlora_dist.config.export import ExportFormat
 from qlora_dist.config.fields import everything
-from qlora_dist.config.merge import MergeMethod
+from qlora_dist.config.merge import CALIBRATED, MergeMethod
 from qlora_dist.config.run import RunConfig
 from qlora_dist.config.sweep import SweepName
 from qlora_dist.config.train import Method
@@ -23,8 +23,6 @@ from qlora_dist.pipeline.together import add_workers, rounds_config
 from qlora_dist.pipeline.trials import ShardInputs, TrialPlanner, device_bytes
 
 GENERAL, DEVELOPMENT = "general", "validation"
-CALIBRATED = {MergeMethod.regmean, MergeMethod.learned, MergeMethod.greedy_soup}
-"""Merges that look at the rows that each part was trained on."""
 
 
 def make_plan(config: RunConfig, command: str = "") -> Plan:

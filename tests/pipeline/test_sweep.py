@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_dist.adapters.command import main as merge_main
+
 GRID = ("sweep=grid", "sweep.lora_rank=[2,4]", "sweep.learning_rate=[1e-3,4e-3]", "domain.files.num_shards=1")
 
 
@@ -34,6 +36,9 @@ def test_a_grid_trains_each_trial_once_chooses_one_and_a_rank_more_trains_that_o
     assert made["r"] == int(shard["winner"][1])
     report = (workplace.run_folder / "report.md").read_text()
     assert shard["winner"] in report
+    assert merge_main([str(workplace.run_folder), "--out", str(workplace.folder / "merged")]) == 0
+    told = json.loads((workplace.folder / "merged" / "merge.json").read_text())
+    assert [(p["label"], p["lora_rank"]) for p in told["parts"]] == [("files-0", made["r"])], "the chosen trial alone"
     assert "r2-lr0.004" in workplace.summary["curves"] or "files-0.r2-lr0.004" in workplace.summary["curves"]
     before = {key: (f / "manifest.json").stat().st_mtime_ns for key, f in adapters(workplace).items()}
     code, output = workplace.launch(*GRID[:1], "sweep.lora_rank=[2,4,8]", *GRID[2:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from qlora_dist.adapters.calibrated import batches_of, completion_loss
 from qlora_dist.adapters.command import main
 from qlora_dist.adapters.merge import merge_adapters
 from qlora_dist.adapters.mixture import mixture, read_parts
-from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
+from qlora_dist.config.merge import LearnedPer, MergeConfig, MergeMethod, MergeWeights
 from qlora_dist.config.model import Dtype, ModelConfig, Quantization
 from qlora_dist.config.stages import BaseConfig, MergedConfig
 from qlora_dist.data.rows import Rows
@@ -68,6 +70,24 @@ def test_learned_weights_are_better_than_the_mean_and_written(inputs, tmp_path):
     for module, found in dense(tmp_path / "out").items():
         update = sum(w * parts[module] for w, parts in zip(weights, wanted, strict=True))
         assert (found - update).norm() <= 1e-5 * update.norm()
+
+
+def test_weights_may_be_learned_for_each_module_and_each_is_written(inputs, tmp_path):
+    facts = merge(inputs, tmp_path / "out", method=MergeMethod.learned, steps=25, learned_per=LearnedPer.module)
+    modules = json.loads((tmp_path / "out" / "merge.json").read_text())["modules"]
+    weights_MP = [told["weights"] for told in modules.values()]
+    assert weights_MP[0] != weights_MP[1], "each module has its own"
+    assert loss_of(inputs, weights_MP) < loss_of(inputs, [0.5, 0.5])
+    wanted = [dense(inputs[label]) for label in ("good", "noise")]
+    found = dense(tmp_path / "out")
+    apart = 0.0
+    for module, weights in zip(modules, weights_MP, strict=True):
+        parts = [w * updates[module] for w, updates in zip(weights, wanted, strict=True)]
+        assert (found[module] - sum(parts)).norm() <= 1e-5 * sum(parts).norm()
+        apart += float(sum(part.square().sum() for part in parts))
+    means = [sum(column) / 2 for column in zip(*weights_MP, strict=True)]
+    assert [part["weight"] for part in facts["parts"]] == pytest.approx(means)
+    assert facts["cross_energy"] == pytest.approx(facts["norm"] ** 2 / apart - 1, rel=1e-4)
 
 
 def test_a_soup_keeps_what_lowers_the_loss_and_drops_the_rest(inputs, tmp_path, capsys):

@@ -43,6 +43,17 @@ def test_a_run_names_its_trained_adapters(three, tmp_path):
     assert [p["label"] for p in parts] == ["legal-0", "legal-1", "legal-2"]
 
 
+@pytest.mark.parametrize("stage", ["winner", "halved"])
+def test_a_swept_run_names_the_adapters_that_were_chosen(three, tmp_path, stage):
+    nodes = [{"stage": "adapter", "label": f"legal-0.r{i}", "folder": f} for i, f in enumerate(three)]
+    nodes += [{"stage": stage, "label": f"legal-{i}", "folder": three[i]} for i in range(2)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"nodes": nodes}))
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    parts = json.loads((tmp_path / "out" / "merge.json").read_text())["parts"]
+    assert [(p["label"], p["trained_tokens"]) for p in parts] == [("legal-0", 100), ("legal-1", 200)]
+
+
 def test_numbers_are_taken_as_the_weights(three, tmp_path):
     assert main([*three, "--weights", "0.5,0.75,-0.25", "--out", str(tmp_path / "out")]) == 0
     for module, found in dense(tmp_path / "out").items():
@@ -70,6 +81,7 @@ def test_inverse_loss_reads_what_each_adapter_says_of_itself(three, tmp_path):
         (["--weights", "inverse_loss"], "validation_loss"),
         (["--method", "regmean"], "or set merge.method in a run"),
         (["--method", "greedy_soup", "--base", "b"], "--base and --rows with it"),
+        (["--method", "learned", "--learned-per", "layer", "--base", "b", "--rows", "r"], "expected adapter or module"),
         (["--density", "0"], "--density=0.0: expected a number above 0"),
         (["a_folder_that_is_not"], "holds no PEFT folder"),
     ],

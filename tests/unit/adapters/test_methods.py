@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from qlora_dist.adapters import methods
 from qlora_dist.adapters.algebra import Core
 from qlora_dist.adapters.rules import merge_rule
-from qlora_dist.config.merge import MergeConfig, MergeMethod
+from qlora_dist.config.merge import CALIBRATED, MergeConfig, MergeMethod
 from qlora_dist.errors import ModelError
 from qlora_dist.model.peft_folder import Factors
 
-ALL = [m for m in MergeMethod if m not in (MergeMethod.regmean, MergeMethod.learned)]
+ALL = [m for m in MergeMethod if m not in CALIBRATED]
 
 
 def random_parts(
