@@ -1,6 +1,5 @@
 """A plan on a real Ray: several raylets, a node that dies in the middle, the same bytes as on this machine alone."""
 
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.plans import LIMIT_S, LONG, PLAN, TWO_RANKS, contents
 from tests.cluster.ray_cluster import RayCluster
 from tests.pipeline.conftest import Workplace, make_workplace
 
@@ -21,11 +21,6 @@ pytestmark = [
 ]
 pytest.importorskip("ray", reason="pip install 'qlora_dist[ray]'")
 
-TRIALS = ["sweep=grid", "sweep.lora_rank=[2,4]"]
-TWO_RANKS = ["strategy=ddp", "strategy.world_size=2", "train.tokens_per_step=512", "train.micro_batch_tokens=256"]
-LONG = ["train.epochs=40", "train.max_steps=40", "train.checkpoint_every_s=0.3", "evaluate.max_rows=8"]
-PLAN = [*TRIALS, *TWO_RANKS, *LONG]
-LIMIT_S = 400
 CLIENT_PORT = 10001
 STAGING = Path("/tmp/qlora-dist-cluster-test")
 """Each node sees a folder of its own here, as machines do that share none."""
@@ -93,20 +88,6 @@ def test_the_result_is_that_of_the_same_plan_on_this_machine(on_ray: Workplace):
         there, here = contents(on_ray.folder / "runs", name), contents(on_ray.folder / "local", name)
         assert there == here
         assert there
-
-
-def contents(root: Path, stage: str) -> dict[str, str]:
-    """Returns a digest of each file that a stage's artifacts hold, but of those that tell of time and memory.
-
-    Where the root stands in a file (an adapter names its base), its name is left out.
-    """
-    found = {}
-    for path in (root / "artifacts" / stage).glob("*/manifest.json"):
-        for name in json.loads(path.read_text())["files"]:
-            if name != "metrics.jsonl":
-                said = (path.parent / name).read_bytes().replace(str(root).encode(), b"")
-                found[f"{path.parent.name}/{name}"] = hashlib.sha256(said).hexdigest()
-    return found
 
 
 @pytest.fixture

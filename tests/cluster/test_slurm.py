@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.test_ray import LIMIT_S, PLAN, contents
+from tests.cluster.plans import LIMIT_S, PLAN, contents
 from tests.pipeline.conftest import Workplace, make_workplace
 
 SCRIPT = Path(__file__).with_name("slurm-cluster")
