@@ -11,11 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_dist.data.formats import COMPRESSED, DELIMITERS, DOCUMENT_BYTES, end_of_document, row_group_starts, suffix
+from qlora_dist.data.formats import (
+    BOM,
+    COMPRESSED,
+    DELIMITERS,
+    DOCUMENT_BYTES,
+    end_of_document,
+    row_group_starts,
+    suffix,
+)
 
 SCANNED_BYTES = 2**24
 QUOTE, COMMA, LINE_END, RETURN = b'",\n\r'
-BOM = b"\xef\xbb\xbf"
 
 
 def borders(path: Path, part_bytes: int) -> list[int]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from qlora_dist.data.json_stream import JsonStream, MalformedError
+from qlora_dist.data.json_stream import WRAPPED, JsonStream, MalformedError
 from qlora_dist.data.record import Reject
 
 Example = tuple[int, Any]
@@ -27,6 +27,7 @@ MAX_EXAMPLE_BYTES = 64 * 2**20
 DOCUMENT_BYTES = 2**22
 """A text file is one document; of a longer one, each such stretch (up to a line end) is."""
 
+BOM = b"\xef\xbb\xbf"
 DELIMITERS = {".csv": ord(","), ".tsv": ord("\t")}
 
 UNREADABLE = "unreadable file"
@@ -164,9 +165,7 @@ def _skip_line(file: BinaryIO) -> int:
 
 def _json(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
     """Yields the entries of a JSON array (also one named `data`), or the one value, or JSON lines so named."""
-    with open_bytes(path) as file:
-        is_lines = _is_object(file.readline(MAX_EXAMPLE_BYTES))
-    if is_lines:
+    if _are_lines(path):
         yield from _json_lines(path, 0, 0)
         return
     with open_bytes(path) as file:
@@ -180,7 +179,13 @@ def _json(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
             yield Reject(file=str(path), line=number + 1, reason=UNREADABLE, detail=detail)
 
 
-def _is_object(line: bytes) -> bool:
+def _are_lines(path: Path) -> bool:
+    """Says whether the first line is an object of its own, and not one that wraps an array `data`."""
+    with open_bytes(path) as file:
+        start = file.readline(2**16).removeprefix(BOM)
+        if not start.lstrip().startswith(b"{") or WRAPPED.match(start.lstrip().decode(errors="replace")):
+            return False
+        line = start if start.endswith(b"\n") else start + file.readline(MAX_EXAMPLE_BYTES)
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 BLOCK_CHARS = 2**16
+WRAPPED_CHARS = 200
 BLANKS, NUMBER = " \t\r\n", "+-.eE0123456789"
+WRAPPED = re.compile(r'\{[ \t\r\n]*"data"[ \t\r\n]*:[ \t\r\n]*\[')
 DECODER = json.JSONDecoder()
 
 
@@ -30,7 +33,7 @@ class JsonStream:
         self._text, self._at, self._is_done = "", 0, False
 
     def entries(self) -> Iterator[Any]:
-        """Yields the entries of an array; of an object that holds nothing but an array `data`, that one's.
+        """Yields the entries of an array; of an object that holds an array `data` (and perhaps more), that one's.
 
         Of other values, one after another (JSON lines), each is an entry.
 
@@ -40,11 +43,36 @@ class JsonStream:
         if self._peek() == "[":
             yield from self._array()
             self._at_end()
-            return
-        while self._peek():
-            value = self._value()
-            is_wrapped = isinstance(value, dict) and isinstance(value.get("data"), list)
-            yield from value["data"] if is_wrapped else [value]
+        elif self._is_wrapped():
+            yield from self._array()
+            self._rest_of_object()
+            self._at_end()
+        else:
+            while self._peek():
+                value = self._value()
+                is_wrapped = isinstance(value, dict) and isinstance(value.get("data"), list)
+                yield from value["data"] if is_wrapped else [value]
+
+    def _is_wrapped(self) -> bool:
+        """Says whether `{"data": [` comes now, and moves to the array: its entries need not be held at once."""
+        while len(self._text) - self._at < WRAPPED_CHARS and self._fill(BLOCK_CHARS):
+            pass
+        found = WRAPPED.match(self._text, self._at)
+        self._at = found.end() - 1 if found else self._at
+        return bool(found)
+
+    def _rest_of_object(self) -> None:
+        """Reads over the other fields of the object that the array was in."""
+        while (follows := self._peek()) == ",":
+            self._at += 1
+            self._value()
+            if (colon := self._peek()) != ":":
+                raise MalformedError(f"expected ':' after a name, found {colon!r}")
+            self._at += 1
+            self._value()
+        if follows != "}":
+            raise MalformedError(f"expected ',' or '}}' after the array, found {follows!r}")
+        self._at += 1
 
     def _array(self) -> Iterator[Any]:
         self._at += 1

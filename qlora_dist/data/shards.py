@@ -178,13 +178,13 @@ class _Dealer:
         """Writes the shards: each block's lines, sorted by shard, and then what each shard has of every block."""
         for _ in workers.map(self._sort_lines, self.blocks):
             pass
-        ends = [np.load(self._sorted(block).with_suffix(".npy"), mmap_mode="r") for block in self.blocks]
         for shard in range(self.config.num_shards):
             with (out / f"shard-{shard}.jsonl").open("wb") as file:
-                for block, end in zip(self.blocks, ends, strict=True):
+                for block in self.blocks:
+                    start, end = self._ends(block).read(shard, 2).tolist()
                     with self._sorted(block).open("rb") as lines:
-                        lines.seek(int(end[shard]))
-                        file.write(lines.read(int(end[shard + 1]) - int(end[shard])))
+                        lines.seek(start)
+                        file.write(lines.read(end - start))
 
     def _measure(self, block: Block) -> tuple[Names, Names]:
         """Writes the measures of a block's records, and returns the names of its groups and of its types."""
@@ -240,13 +240,18 @@ class _Dealer:
     def _sorted(self, block: Block) -> Path:
         return self.folder / f"lines-{block.number}"
 
+    def _ends(self, block: Block) -> DiskArray:
+        """Where the lines of each shard start among a block's sorted ones, and the last ones end [K + 1]."""
+        return DiskArray(self._sorted(block).with_suffix(".ends"), np.dtype("<i8"))
+
     def _sort_lines(self, block: Block) -> None:
-        """Writes a block's lines sorted by shard, and where those of each shard end [K + 1]."""
+        """Writes a block's lines sorted by shard, and where those of each shard start."""
         shard_N, lines = self._shards.read(block.first, block.num), list(block.lines())
         order = np.argsort(shard_N, kind="stable")
         self._sorted(block).write_bytes(b"".join([lines[i] for i in order.tolist()]))
         sizes = np.bincount(shard_N, [len(line) for line in lines], minlength=self.config.num_shards)
-        np.save(self._sorted(block).with_suffix(".npy"), np.append(0, np.cumsum(sizes.astype(np.int64))))
+        ends = DiskArray.make(self._ends(block).path, "<i8", self.config.num_shards + 1)
+        ends.write(1, np.cumsum(sizes.astype(np.int64)))
 
 
 def _sizes(measures: np.ndarray, tokens_a_byte: np.ndarray | None) -> np.ndarray:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,34 @@ def test_a_text_file_that_is_no_utf8_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("Gebühr".encode("latin-1"))
     assert [item.reason for item in read(path)] == ["not UTF-8"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_entries_of_a_wrapped_array_are_read_one_by_one_and_torn_ones_are_told(
+    tmp_path: Path, indent: int | None
+) -> None:
+    text = json.dumps({"data": ROWS, "version": {"of": [1, 2]}, "n": 3}, indent=indent)
+    assert list(JsonStream(io.StringIO(text), 200).entries()) == ROWS  # none larger than 200 characters is held
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert [raw for _, raw in read(path)] == ROWS
+    for torn, says in ((text[:-1], "array"), (text[:-1] + "]", "array"), (text + "x", "end"), (text[:9000], "entry")):
+        path.write_text(torn)
+        *found, reject = read(path)
+        assert found == list(enumerate(ROWS, start=1))[: len(found)]
+        assert reject.reason == UNREADABLE
+        assert says in reject.detail
+
+
+def test_an_array_on_one_line_is_never_held(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": f"{i} " + "x" * 1000} for i in range(20_000)]))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_examples(path, 0, path.stat().st_size)) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 4e6  # the file has 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 64])

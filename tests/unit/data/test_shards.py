@@ -1,5 +1,7 @@
 """Shards are disjoint, complete and equally large."""
 
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_dist.config.data import DomainConfig, ShardMode, SourceConfig, SplitConfig
+from qlora_dist.data.blocks import blocks_of
 from qlora_dist.data.integrity import check_shards
 from qlora_dist.data.record import read_records
 from qlora_dist.data.shards import deal
@@ -50,6 +53,21 @@ def test_shards_hold_each_training_record_once_and_equally_many_tokens(
         made.rows(tokenizer, shard=k, row_tokens=1024)
         sizes.append(made.facts[f"rows-train-{k}"]["tokens"])
     assert num_shards == 300 or max(sizes) / np.mean(sizes) <= 1.02
+
+
+def test_a_corpus_of_many_blocks_needs_few_open_files(
+    corpus: Make, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("qlora_dist.data.blocks.BLOCK_BYTES", 400)
+    made = corpus([{"text": sentence(i)} for i in range(300)]).records()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, limits[1]))
+    try:
+        made.splits().shards(tokenizer).rows(tokenizer, shard=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(blocks_of([made.folder / "splits" / "train.jsonl"])) > 150
 
 
 def test_strata_are_spread_over_all_shards(corpus: Make) -> None:
