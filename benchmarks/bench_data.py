@@ -92,8 +92,11 @@ def run_node(told: dict[str, Any]) -> None:
     out.mkdir(parents=True)
     started = time.perf_counter()
     facts = functions[told["stage"]](config, {name: Path(p) for name, p in told["inputs"].items()}, out)
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    facts |= {"seconds": time.perf_counter() - started, "largest_mb": max(peaks) / 1024}
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    facts |= {
+        "seconds": time.perf_counter() - started, "largest_mb": max(u.ru_maxrss for u in used) / 1024,
+        "cpu_s": sum(u.ru_utime + u.ru_stime for u in used),
+    }  # fmt: skip
     print(json.dumps(facts))
 
 
@@ -138,11 +141,16 @@ def measure(folder: Path, num_bytes: int, tokenizer: Path) -> dict[str, Any]:
     corpus = folder / "corpus.jsonl"
     num_records = write_corpus(corpus, num_bytes)
     size_mb = corpus.stat().st_size / 1e6
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     parts = plan_parts(DomainConfig(sources=[SourceConfig(path=str(corpus))], part_bytes=max(2**16, num_bytes // 4)))
     for part in parts:
         leaf_digest(part)
-    lines = {"plan": {"seconds": time.perf_counter() - started, "together_mb": 0, "largest_mb": 0, "nodes": len(parts)}}
+    lines = {
+        "plan": {
+            "seconds": time.perf_counter() - started, "cpu_s": time.process_time() - used, "nodes": len(parts),
+            "together_mb": 0, "largest_mb": 0,
+        }
+    }  # fmt: skip
     where = {name: str(folder / name) for name in ("splits", "shards")}
     records = {f"records-{i}": str(folder / f"records-{i}") for i in range(len(parts))}
     stages = {
@@ -167,7 +175,7 @@ def measure(folder: Path, num_bytes: int, tokenizer: Path) -> dict[str, Any]:
         found = facts[name] = run_nodes(nodes, 1 if name == "records" else CORES)
         lines[name] = {
             "seconds": found[-1]["wall_s"], "nodes": len(nodes), "together_mb": found[-1]["together_mb"],
-            "largest_mb": max(f["largest_mb"] for f in found),
+            "largest_mb": max(f["largest_mb"] for f in found), "cpu_s": sum(f["cpu_s"] for f in found),
         }  # fmt: skip
         print(f"{size_mb:,.0f} MB {name}: {lines[name]}", flush=True)
     rows = facts["rows"]
@@ -183,17 +191,19 @@ def written(found: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("numpy", "tokenizers", "rensa"))
     lines = []
     for run in found:
-        total = sum(line["seconds"] for line in run["lines"].values())
+        total, cpu = (sum(line[k] for line in run["lines"].values()) for k in ("seconds", "cpu_s"))
         lines += [
             f"| {run['size_mb']:,.0f} | {name} | {line['nodes']} | {line['seconds']:.1f} "
             f"| {run['num_records'] / line['seconds']:,.0f} | {run['size_mb'] / line['seconds']:.1f} "
+            f"| {line['cpu_s']:.1f} | {run['size_mb'] / line['cpu_s']:.1f} "
             f"| {line['largest_mb']:,.0f} | {line['together_mb']:,.0f} |"
             for name, line in run["lines"].items()
         ]
         most, largest = (max(line[k] for line in run["lines"].values()) for k in ("together_mb", "largest_mb"))
         lines.append(
             f"| **{run['size_mb']:,.0f}** | **all** | | **{total:.1f}** | {run['num_records'] / total:,.0f} "
-            f"| {run['size_mb'] / total:.1f} | **{largest:,.0f}** | **{most:,.0f}** |"
+            f"| {run['size_mb'] / total:.1f} | {cpu:.1f} | {run['size_mb'] / cpu:.1f} | **{largest:,.0f}** "
+            f"| **{most:,.0f}** |"
         )
     notes = [
         f"- {run['size_mb']:,.0f} MB: {run['num_records']:,} records; left out {run['left_out']}; highest similarity "
@@ -210,10 +220,10 @@ Default config (near-copies and contamination dropped, splits checked again), by
 {ROW_TOKENS}, {NUM_SHARDS} shards. Each node in a process of its own; stages after records spread their work over \
 {CORES} cores. *Largest*: the peak of the largest process (ru_maxrss). *Together*: the most that all processes of a \
 stage had resident at one time, shared pages counted for each (looked at ten times a second). Seconds are wall time, \
-start of processes included.
+start of processes included; *CPU s* is processor time of all processes, which other work on the machine changes little.
 
-| MB | stage | nodes | s | records/s | MB/s | largest, MB | together, MB |
-|---|---|---|---|---|---|---|---|
+| MB | stage | nodes | s | records/s | MB/s | CPU s | MB/CPU s | largest, MB | together, MB |
+|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
 {chr(10).join(notes)}
