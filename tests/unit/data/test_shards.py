@@ -1,6 +1,5 @@
 """Shards are disjoint, complete and equally large."""
 
-import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +61,8 @@ def test_a_corpus_of_many_blocks_needs_few_open_files(
     monkeypatch.setattr("qlora_dist.data.blocks.BLOCK_BYTES", 400)
     made = corpus([{"text": sentence(i)} for i in range(300)]).records()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, limits[1]))
+    most = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most + 40, limits[1]))
     try:
         made.splits().shards(tokenizer).rows(tokenizer, shard=0)
     finally:
