@@ -65,7 +65,7 @@ class Core:
 
     U and V are the left singular vectors of the stacked balanced B and of the stacked balanced Aᵀ, each part with
     its own scale and no merge weight; methods that work entry by entry depend on that basis. U and V themselves are
-    never formed: U = B_ON `left_NK`, V = `right_LN` A_NI.
+    never formed: U = B_ON `left_NK`, V = `right_LN` A_NI. By its own A alone, ΔWᵢ = U_OK `own_KR[i]` Aᵢ.
     """
 
     def __init__(self, parts: Sequence[Factors]) -> None:
@@ -80,6 +80,7 @@ class Core:
         self.left_NK, self.right_LN = X_NM @ left_MK, right_ML.T @ Y_MN
         inner = _slices([x.shape[1] for x, _ in balanced])
         self.blocks_PKL = torch.stack([root_KM[:, part] @ root_LM[:, part].T for part in inner])
+        self.own_KR = [root_KM[:, part] @ y for part, (_, y) in zip(inner, balanced, strict=True)]
 
     def inner_products(self) -> torch.Tensor:
         """Returns the P×P matrix of ⟨ΔWᵢ, ΔWⱼ⟩, the sum over all entries of their product."""

@@ -3,7 +3,8 @@
 None forms a dense ΔW. `ties`, `dare`, `tsv`, `iso` and `weighted_sum` map the lossless cores of the parts to the core
 of the result; the others map factors to factors. A scale λ multiplies the result afterwards.
 
-Shape letters: I inputs, O outputs, R lora_rank, P parts, K×L the core of all parts, see `algebra.Core`.
+Shape letters: I inputs, O outputs, R lora_rank, P parts, K×L the core of all parts, see `algebra.Core`, S ≤ K the
+rank of the parts side by side, X and Y any.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from qlora_dist.adapters.algebra import Core, concat, kept_rank
+from qlora_dist.adapters.algebra import Core, concat, halve, kept_rank
 from qlora_dist.errors import ModelError
 from qlora_dist.model.peft_folder import Factors
 
 Weights = Sequence[float]
+_COLUMNS = 256  # of all parts at a time, in knots_ties
 
 
 def ties(blocks_PKL: torch.Tensor, weights: Weights, density: float) -> torch.Tensor:
@@ -68,15 +70,23 @@ def weighted_sum(blocks_PKL: torch.Tensor, weights: Weights) -> torch.Tensor:
 
 
 def knots_ties(core: Core, weights: Weights, density: float) -> Factors:
-    """Merges by KnOTS-TIES (arXiv 2410.19735), exactly in low rank: [ΔW₁ … ΔWₙ] = UΣ[V₁ᵀ … Vₙᵀ], TIES on the Vᵢᵀ."""
-    U, sigma, V = torch.linalg.svd(torch.cat(list(core.blocks_PKL), dim=1), full_matrices=False)
-    kept = kept_rank(sigma)
-    if not kept:
+    """Merges by KnOTS-TIES (arXiv 2410.19735), exactly in low rank: [ΔW₁ … ΔWₙ] = UΣ[V₁ᵀ … Vₙᵀ], TIES on the Vᵢᵀ.
+
+    The Vᵢᵀ of all parts are as large as their sum's rank times I each, so they are made twice, one part at a time for
+    its threshold and then some columns of all at a time: what is worked on stays in a core's cache.
+    """
+    flat_KX = torch.cat(list(core.blocks_PKL), dim=1)
+    root_SK, inverse_KS = halve(flat_KX @ flat_KX.T)  # ΣUᵀ and UΣ⁻¹
+    if not len(root_SK):
         return core.lift(core.blocks_PKL[0])[0]
-    V_PKL = V[:kept].chunk(len(core.parts), dim=1)
-    V_PKI = torch.stack([core.lift_right(V_KL @ core.right_LN) for V_KL in V_PKL])
-    V_KI = elect_and_mean(_trim(V_PKI, density), weights)
-    return Factors(V_KI, core.lift_left(core.left_NK @ (U[:, :kept] * sigma[:kept])))
+    A_PRI = [part.A_RI for part in core.parts]
+    maps_PSR = [(inverse_KS.T @ own_KR).float() for own_KR in core.own_KR]
+    least_P = [_threshold(map_SR @ A_RI, density) for map_SR, A_RI in zip(maps_PSR, A_PRI, strict=True)]
+    V_SI = torch.empty(len(root_SK), A_PRI[0].shape[1])
+    for some_SX, *A_PRX in zip(*(x.split(_COLUMNS, dim=1) for x in (V_SI, *A_PRI)), strict=True):
+        blocks = (_at_least(m @ A, least) for m, A, least in zip(maps_PSR, A_PRX, least_P, strict=True))
+        some_SX.copy_(elect_and_mean(torch.stack(list(blocks)), weights))
+    return Factors(V_SI, core.lift_left(core.left_NK @ root_SK.T))
 
 
 def regmean(parts: Sequence[Factors], weights: Weights, grams_PII: Sequence[torch.Tensor], keep: float) -> Factors:
@@ -163,20 +173,33 @@ def learned(
 
 def elect_and_mean(blocks_PXY: torch.Tensor, weights: Weights) -> torch.Tensor:
     """Returns, entry by entry, the weighted mean over the parts whose sign is that of the weighted sum."""
-    w_P = torch.tensor(weights, dtype=blocks_PXY.dtype)[:, None, None]
-    weighted = blocks_PXY * w_P
-    agrees = (weighted * weighted.sum(0).sign()) > 0
-    total = (agrees * w_P.abs()).sum(0)
-    return torch.where(total > 0, (weighted * agrees).sum(0) / total.clamp(min=1e-300), 0.0)
+    w_P = torch.tensor(weights, dtype=blocks_PXY.dtype)
+    weighted = blocks_PXY * w_P[:, None, None]
+    sign_XY = weighted.sum(0).sign()
+    agreeing = weighted.mul_(sign_XY).clamp_(min=0)  # |wᵢ xᵢ| of those that agree, 0 of the others
+    total_XY = agreeing.sum(0)
+    count_XY = torch.tensordot(w_P.abs(), agreeing.sign_(), dims=1).clamp_(min=torch.finfo(w_P.dtype).tiny)
+    return total_XY.div_(count_XY).mul_(sign_XY)
 
 
 def _trim(blocks_PXY: torch.Tensor, density: float) -> torch.Tensor:
-    flat_PX = blocks_PXY.abs().flatten(1)
-    num_kept = max(1, round(density * flat_PX.shape[1])) if flat_PX.shape[1] else 0
-    if num_kept in (0, flat_PX.shape[1]):
-        return blocks_PXY
-    threshold = flat_PX.kthvalue(flat_PX.shape[1] - num_kept + 1, dim=1).values
-    return blocks_PXY * (blocks_PXY.abs() >= threshold[:, None, None])
+    return torch.stack([_at_least(block_XY, _threshold(block_XY, density)) for block_XY in blocks_PXY])
+
+
+def _threshold(block_XY: torch.Tensor, density: float) -> float:
+    """Returns the smallest absolute value among the share of entries, largest first, that is kept."""
+    sizes = block_XY.abs().flatten().numpy()
+    if not len(sizes):
+        return 0.0
+    dropped = len(sizes) - max(1, round(density * len(sizes)))
+    sizes.partition(dropped)
+    return float(sizes[dropped]) if dropped else 0.0
+
+
+def _at_least(block_XY: torch.Tensor, least: float) -> torch.Tensor:
+    """Returns the entries whose absolute value is at least `least`, 0 for the others."""
+    below = torch.nextafter(torch.tensor(least, dtype=block_XY.dtype), torch.tensor(0.0, dtype=block_XY.dtype))
+    return torch.nn.functional.hardshrink(block_XY, float(below))
 
 
 def _nearest_orthogonal(X_KN: torch.Tensor) -> torch.Tensor:
