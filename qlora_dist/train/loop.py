@@ -20,7 +20,7 @@ from qlora_dist.train.checks import Watch
 from qlora_dist.train.course import Course, where_to_continue
 from qlora_dist.train.huggingface import check_finite
 from qlora_dist.train.memory import peak_memory_bytes
-from qlora_dist.train.processes import naming_who_is_missing
+from qlora_dist.train.processes import naming_who_is_missing, same_on_all_ranks
 from qlora_dist.train.step import Stepper, StepResult
 
 
@@ -165,6 +165,8 @@ class Loop:
                     c.checkpoints.save(c.step, lane_state(c.lane), round=self.round, group=self.group)
             self._clock.note_saved()
         if stop:
+            with naming_who_is_missing(self.round):  # torchrun ends a node's processes once one of them has left
+                same_on_all_ranks("rank 0 has written it")
             raise Preempted(f"Stopped on request after step {self.round}. Run the same command to continue.")
 
     def _end(self, ended: list[Course]) -> None:

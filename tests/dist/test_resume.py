@@ -85,6 +85,29 @@ def test_request_to_stop_ends_the_step_and_says_75(pool, inputs, folder, recipe,
     assert read(out) == read(whole)
 
 
+def test_no_rank_leaves_before_the_checkpoint_is_written(pool, inputs, folder, recipe):
+    """torchrun ends a node's other processes once one of them has left, rank 0 in the middle of writing too."""
+    assert pool.run(leave, 2, recipe("ddp", 2, epochs=4), inputs, folder("out")) == [1, 1]
+
+
+def leave(config, inputs, out):
+    """Is stopped in its first step, whose checkpoint is slow to write; returns how many there are when it leaves."""
+    from qlora_dist.train.checkpoint import Checkpoints
+
+    plain = Checkpoints.save
+
+    def save(self, *args, **kwargs):
+        time.sleep(1.0)
+        return plain(self, *args, **kwargs)
+
+    Checkpoints.save = save
+    try:
+        train_until(config, inputs, out, 1)
+        return len(list((out / "checkpoints").glob("step-*")))
+    finally:
+        Checkpoints.save = plain
+
+
 def stopped_after(pool, inputs, out, config, world_size=1, step=8):
     """Leaves the state of a life that was killed after `step` steps."""
     from dataclasses import replace
