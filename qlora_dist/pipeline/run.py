@@ -119,6 +119,7 @@ def ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
             owner = store.living_owner(node.id)
             if owner and owner["job"] == job:
                 yield True
+                _until_rank_0_ends(plan, node, job, poll_s)
                 return
             time.sleep(poll_s / 10)
             continue
@@ -134,6 +135,15 @@ def ownership(plan: Plan, node: Node, poll_s: float = 1.0) -> Iterator[bool]:
                 return
         time.sleep(poll_s)
     yield False
+
+
+def _until_rank_0_ends(plan: Plan, node: Node, job: str, poll_s: float) -> None:
+    """Waits until rank 0 has committed a node, or given it up: torchrun bears minutes of it, not any length."""
+    while not plan.store.has(node.id):
+        owner = plan.store.living_owner(node.id)
+        if not owner or owner["job"] != job:
+            return
+        time.sleep(poll_s / 10)
 
 
 def _torchrun() -> str:

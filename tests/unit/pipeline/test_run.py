@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from qlora_dist.config.stages import TokenizerConfig
 from qlora_dist.errors import DataError
 from qlora_dist.pipeline.plan import Plan
-from qlora_dist.pipeline.run import run_and_report
+from qlora_dist.pipeline.run import manifest_of, ownership, run_and_report
 from qlora_dist.pipeline.stages import STAGES, Stage
 
 
@@ -131,7 +132,7 @@ SLOW = textwrap.dedent("""
     from qlora_dist.config.stages import TokenizerConfig
     from qlora_dist.pipeline import stages
     from qlora_dist.pipeline.plan import read_plan
-    from qlora_dist.pipeline.run import run_and_report
+    from qlora_dist.pipeline.run import manifest_of, ownership, run_and_report
     def work(config, inputs, out):
         (out / "who.txt").write_text(sys.argv[2])
         print("working", flush=True)
@@ -177,3 +178,25 @@ def test_a_second_process_takes_over_from_a_killed_one(tmp_path: Path):
     first.wait()
     assert second.wait(30) == 0
     assert (plan.store.folder(plan.nodes[0].id) / "who.txt").read_text() == "second"
+
+
+def test_another_rank_leaves_a_node_only_once_rank_0_has_committed_it(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path)
+    node = plan.add("tokenizer", "t", TokenizerConfig())
+    entered, left = threading.Event(), threading.Event()
+
+    def other_rank():
+        with ownership(plan, node) as is_mine:
+            assert is_mine
+            entered.set()
+        left.set()
+
+    monkeypatch.setattr("qlora_dist.pipeline.run.rank", lambda: 1)
+    thread = threading.Thread(target=other_rank)
+    with plan.store.owned(node.id, f"{plan.experiment}: {node.name}"):
+        thread.start()
+        assert entered.wait(10)
+        assert not left.wait(0.5)
+        plan.store.commit(manifest_of(plan, node, {}, 0.0))
+        assert left.wait(10)
+    thread.join()
