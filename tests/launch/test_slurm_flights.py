@@ -21,6 +21,8 @@ REQUEUED = 99
 PRELUDE = f"""
 squeue() {{ echo RUNNING; }}
 scontrol() {{ exit {REQUEUED}; }}
+made() {{ [ -e made ]; }}
+sleep 0 & watch=$!
 task=7_0 name=adapter logs=$PWD submission=$PWD code=$1 words=$2
 """
 
@@ -52,6 +54,13 @@ def test_the_text_decides_as_the_simulation_does(endings: dict[int, str], tmp_pa
         again, is_loss = ending(code, told, processes, lives, losses, retries)
         assert (done.returncode == REQUEUED) == again, (told, lives, losses, done)
         assert len(lost.read_text().splitlines()) == losses + is_loss
+
+
+def test_what_is_made_is_done_however_its_processes_ended(endings: dict[int, str], tmp_path: Path):
+    (tmp_path / "made").touch()
+    script = ["bash", "-c", PRELUDE + endings[2], "job", "137", "w.failed.json"]
+    assert subprocess.run(script, cwd=tmp_path, check=False).returncode == 0
+    assert not (tmp_path / "adapter.lost").exists()
 
 
 def test_some_flights_on_slurm():

@@ -18,6 +18,10 @@ PRESETS = "RANK LOCAL_RANK GROUP_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MA
 """What a site or an image may have set, and torchrun would believe."""
 SPARE_S = 30
 """Of the time between the signal and the end, this much is left for what comes after a checkpoint."""
+WAIT_S = 30
+"""Once a process of a job has ended the others follow within seconds: after so long srun ends what is left."""
+LINGER_S = 60
+"""Once all that a job makes is there, its processes may still run for so long."""
 
 
 def sbatch_text(shape: Shape, plan: Path, submission: Path, config: LauncherConfig, workdir: Path) -> str:
@@ -38,6 +42,7 @@ def sbatch_text(shape: Shape, plan: Path, submission: Path, config: LauncherConf
         *_environment(shape, config.slurm),
         *(_RENDEZVOUS if shape.processes > 1 else []),
         _command(shape, plan, config.slurm),
+        _WATCH.format(artifacts=shlex.quote(str(plan.parent.parent / "artifacts")), linger=LINGER_S),
         _ENDING.format(
             lost="true" if shape.processes > 1 else "[ $code -gt 128 ]",
             retries=config.retries,
@@ -106,6 +111,8 @@ def _environment(shape: Shape, slurm: SlurmConfig) -> Iterable[str]:
     yield from slurm.setup
     yield from (f"export {name}={shlex.quote(str(value))}" for name, value in slurm.environment.items())
     yield f"export OMP_NUM_THREADS={shape.threads} PYTHONUNBUFFERED=1"
+    if shape.processes > 1:  # else torchrun kills its processes 30 s after the signal, in the middle of a checkpoint
+        yield f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(SPARE_S, slurm.signal_s - SPARE_S)}"
     yield f"unset {PRESETS}"
 
 
@@ -122,13 +129,13 @@ _RENDEZVOUS = [
 def _command(shape: Shape, plan: Path, slurm: SlurmConfig) -> str:
     """Writes the one call of srun: one process a node, python itself or the torchrun of that node's processes."""
     python = shlex.quote(slurm.python or sys.executable)
-    srun = ["", f"srun --ntasks={shape.nodes} --ntasks-per-node=1 --cpus-per-task={shape.cpus_per_node}"]
-    srun[-1] += f" --kill-on-bad-exit=0 --wait={max(SPARE_S, slurm.signal_s - SPARE_S)}"
+    options = f"--ntasks={shape.nodes} --ntasks-per-node=1 --cpus-per-task={shape.cpus_per_node}"
+    srun = [f"srun {options} --kill-on-bad-exit=0 --wait={WAIT_S}"]
     inside = ""
     if slurm.container is Container.pyxis:
         mounts = ",".join(slurm.container_mounts)
-        options = [f"--container-image={slurm.container_image}", f"--container-mounts={mounts}" if mounts else ""]
-        srun.append("    " + " ".join(shlex.quote(o) for o in [*options, *slurm.container_options] if o))
+        image = [f"--container-image={slurm.container_image}", f"--container-mounts={mounts}" if mounts else ""]
+        srun.append("    " + " ".join(shlex.quote(o) for o in [*image, *slurm.container_options] if o))
     elif slurm.container is Container.apptainer:
         binds = [word for mount in slurm.container_mounts for word in ("--bind", mount)]
         nv = ["--nv"] if shape.gpus_per_node else []
@@ -137,14 +144,25 @@ def _command(shape: Shape, plan: Path, slurm: SlurmConfig) -> str:
     module = "qlora_dist.launch.closing" if shape.stage == CLOSE else "qlora_dist.pipeline"
     work = f"-m {module} {shlex.quote(str(plan))}" + ("" if shape.stage == CLOSE else " $nodes")
     if shape.processes == 1:
-        return " \\\n".join([*srun, f"    {inside}{python} {work}"]) + "\ncode=$?"
+        return "\n" + " \\\n".join([*srun, f"    {inside}{python} {work}"]) + " &"
     torchrun = f"-m torch.distributed.run --nnodes={shape.nodes} --nproc-per-node={shape.ranks_per_node}"
     place = "--node-rank=$SLURM_NODEID --master-addr=$head --master-port=$port"
     told = f"exec {inside}{python} {torchrun} {place} {work}"
-    return "\n".join(["export nodes", " \\\n".join([*srun[1:], f"    bash -c {shlex.quote(told)}"]), "code=$?"])
+    return "export nodes\n" + " \\\n".join([*srun, f"    bash -c {shlex.quote(told)}"]) + " &"
 
 
-_ENDING = """
+_WATCH = """\
+step=$!
+# What is made is done. What runs on then waits for a process whose node died, or can't part from its GPU: it is ended.
+made() {{ for node in $nodes; do [ -e {artifacts}/$node/manifest.json ] || return 1; done; }}
+(late=0; while [ $late -lt {linger} ]; do sleep 5; ! made || late=$((late + 5)); done; kill $step) & watch=$!
+wait $step
+code=$?
+kill $watch 2>/dev/null
+! made || code=0
+"""
+
+_ENDING = """\
 # What follows. 75: it wrote a checkpoint, and goes on. Killed, or lost another process (76): again, {retries} times.
 # An error of its own would be the same again.
 cd "$logs" || exit $code
