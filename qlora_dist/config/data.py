@@ -77,7 +77,7 @@ class SourceConfig:
     divided at blank lines into passages of at least `passage_chars`, each a record (0: the text is one record).
     `use` sets a source aside: a test set of your own (`use: test`), or generated text that must not be held out
     (`use: train`). `subset`, `split` and `revision` are for hub datasets. `licence` is carried to the rows and the
-    report.
+    manifest; a record's own (its column `licence` or `license`) goes before it.
     """
 
     path: str = execution("???")

@@ -22,8 +22,22 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "label": ("label",),
+    "licence": ("licence", "license"),
 }
 """The names under which each field is known; the first that is there counts."""
+
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    Kind.text: ("text",),
+    Kind.instruction: ("instruction", "input", "response", "system"),
+    Kind.rag: ("context", "instruction", "response", "system"),
+    Kind.chat: ("messages", "system"),
+    Kind.preference: ("instruction", "chosen", "rejected"),
+    Kind.classification: ("text", "label", "system"),
+}
+"""The fields that a kind reads, besides `licence`."""
+
+LICENCE_CHARS = 100
+"""What is longer is no licence's name."""
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
@@ -56,18 +70,21 @@ def make_record(raw: Any, kind: Kind = Kind.auto, fields: Mapping[str, str] | No
         raw = {"text": raw}
     if not isinstance(raw, Mapping):
         raise UnusableError("not an object", f"expected a JSON object, found {type(raw).__name__}")
-    known = _known_fields(raw, fields or {})
-    kind = detect(known) if kind is Kind.auto else kind
-    return MAKERS[kind](known)
+    known = {field: raw[column] for field, column in columns(raw, fields or {}).items()}
+    kind = detect(known, raw) if kind is Kind.auto else kind
+    record = MAKERS[kind](known)
+    licence = known.get("licence")
+    if isinstance(licence, str) and len(licence) <= LICENCE_CHARS and licence.isprintable():
+        record.licence = licence.strip()
+    return record
 
 
-def detect(known: Raw) -> Kind:
-    """Tells the kind by which fields are there.
+def detect(known: Raw, raw: Raw) -> Kind:
+    """Tells the kind of a raw example by which fields are there.
 
     Raises:
         UnusableError: if no kind has these fields.
     """
-    has = {name for name, value in known.items() if value is not None}
     wanted = (
         (Kind.chat, {"messages"}),
         (Kind.preference, {"chosen", "rejected"}),
@@ -78,20 +95,25 @@ def detect(known: Raw) -> Kind:
         (Kind.text, {"text"}),
     )
     for kind, names in wanted:
-        if names <= has:
+        if names <= known.keys():
             return kind
-    raise UnusableError("unknown fields", f"found {', '.join(sorted(has)[:8]) or 'none'}")
+    found = sorted(str(name) for name, value in raw.items() if value is not None)
+    raise UnusableError("unknown fields", f"found {', '.join(found[:8]) or 'none'}")
 
 
-def _known_fields(raw: Raw, fields: Mapping[str, str]) -> dict[str, Any]:
-    known = {str(name): value for name, value in raw.items()}
+def columns(raw: Raw, fields: Mapping[str, str]) -> dict[str, str]:
+    """Returns the column of a raw example that each field is read from; fields without one are left out.
+
+    Args:
+        raw: the example, by its own names.
+        fields: the names that were told, which then count alone.
+    """
+    found = {}
     for field, names in ALIASES.items():
-        found = next((n for n in ((fields[field],) if field in fields else names) if raw.get(n) is not None), None)
-        if found is not None:
-            known[field] = raw[found]
-        else:
-            known.pop(field, None)
-    return known
+        told = (fields[field],) if field in fields else names
+        if column := next((name for name in told if raw.get(name) is not None), None):
+            found[field] = column
+    return found
 
 
 def _string(known: Raw, name: str, *, optional: bool = False) -> str:

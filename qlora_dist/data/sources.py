@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from qlora_dist.data import installed
 from qlora_dist.data.divide import borders, can_be_divided
 from qlora_dist.data.formats import DELIMITERS, READERS, head, read_examples, suffix
 from qlora_dist.data.hub import read_hub
+from qlora_dist.data.kinds import ALIASES
 from qlora_dist.data.record import Reject
 from qlora_dist.errors import DataError, bad_value, nearest
 from qlora_dist.runtime import log
@@ -36,24 +37,32 @@ REMEMBERED_BYTES = 32 * 2**20
 class Piece:
     """What one part reads of one source: bytes `start` to `end` of a file, a hub dataset or an installed corpus.
 
-    In plans it is a string, `<number of the source>:<path>@<start>-<end>`.
+    A file's name, as records and rejects know it, is the last `depth` parts of its path: its place in the source's
+    folder. In plans a piece is a string, `<number of the source>/<depth>:<path>@<start>-<end>`.
     """
 
     source: int
     path: str
     start: int = 0
     end: int = 0
+    depth: int = 1
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.path}@{self.start}-{self.end}"
+        return f"{self.source}/{self.depth}:{self.path}@{self.start}-{self.end}"
+
+    @property
+    def name(self) -> str:
+        """The file's path within the folder that its source names."""
+        return "/".join(Path(self.path).parts[-self.depth :])
 
     @classmethod
     def parse(cls, text: str) -> Piece:
         """Reads a piece back from its string."""
         head, _, span = text.rpartition("@")
-        source, _, path = head.partition(":")
+        numbers, _, path = head.partition(":")
+        source, _, depth = numbers.partition("/")
         start, _, end = span.partition("-")
-        return cls(int(source), path, int(start), int(end))
+        return cls(int(source), path, int(start), int(end), int(depth or 1))
 
 
 def plan_parts(domain: DomainConfig, key: str = "domain") -> list[list[str]]:
@@ -100,9 +109,8 @@ def read_piece(piece: Piece, source: SourceConfig) -> Iterator[installed.Example
     elif piece.path.startswith(HUB):
         yield from read_hub(source)
     else:
-        path = Path(piece.path)
-        for item in read_examples(path, piece.start, piece.end):
-            yield item if isinstance(item, Reject) else (path.name, *item)
+        for item in read_examples(Path(piece.path), piece.start, piece.end):
+            yield replace(item, file=piece.name) if isinstance(item, Reject) else (piece.name, *item)
 
 
 def files_of(source: SourceConfig, key: str = "path") -> list[Path]:
@@ -132,6 +140,8 @@ def files_of(source: SourceConfig, key: str = "path") -> list[Path]:
 
 
 def _pieces(number: int, source: SourceConfig, key: str, part_bytes: int) -> Iterator[Piece]:
+    if unknown := next((name for name in source.fields if name not in ALIASES), None):
+        raise bad_value(f"{key}.fields", unknown, f"names of fields ({', '.join(ALIASES)})", nearest(unknown, ALIASES))
     if source.path.startswith(INSTALLED):
         name = source.path.removeprefix(INSTALLED)
         if name not in installed.CORPORA:
@@ -146,22 +156,34 @@ def _pieces(number: int, source: SourceConfig, key: str, part_bytes: int) -> Ite
         files = files_of(source, f"{key}.path")
         if not any(file.stat().st_size for file in files):
             raise DataError(f"{key}.path={source.path}: empty. A source needs at least one record.")
+        folder = _folder_of(source.path)
         for file in files:
-            yield from _file_pieces(number, file, part_bytes)
+            depth = len(file.relative_to(folder).parts) if file.is_relative_to(folder) else 1
+            yield from _file_pieces(number, file, part_bytes, depth)
+
+
+def _folder_of(path: str) -> Path:
+    """Returns the folder that a source names: of a glob, what stands before its first wildcard; of a file, its own."""
+    whole = Path(path).expanduser()
+    if not whole.exists():
+        fixed = next(i for i, part in enumerate(whole.parts) if glob.has_magic(part))
+        whole = Path(*whole.parts[:fixed])
+    whole = whole.resolve()
+    return whole if whole.is_dir() else whole.parent
 
 
 def _is_hub_id(path: str) -> bool:
     return bool(HUB_ID.fullmatch(path)) and not Path(path).exists() and suffix(Path(path)) not in READERS
 
 
-def _file_pieces(number: int, file: Path, part_bytes: int) -> Iterator[Piece]:
+def _file_pieces(number: int, file: Path, part_bytes: int, depth: int) -> Iterator[Piece]:
     size = file.stat().st_size
     if size > LARGE_PARTS * part_bytes and not can_be_divided(file):
         log.warning("%s: %.1f GB are read by one process; as plain JSON lines, it would be divided.", file, size / 1e9)
     find = partial(borders, file, part_bytes)
     is_scanned = size > part_bytes and suffix(file) in DELIMITERS
     for start, end in pairwise(_remembered(f"borders {file} {part_bytes}", file, find) if is_scanned else find()):
-        yield Piece(number, str(file), start, end)
+        yield Piece(number, str(file), start, end, depth)
 
 
 def _digest(piece: Piece) -> str:

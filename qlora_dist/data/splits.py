@@ -30,6 +30,8 @@ SHOWN_REJECTS = 5
 CONTAMINATION_WORDS = 13
 """As in the GPT-3 paper (Brown et al. 2020, appendix C)."""
 
+LICENCE, OTHER_LICENCES = "licence ", "licence (others)"
+MOST_LICENCES = 50
 Counts = dict[str, Counter[str]]
 """By split, and under `left_out` by reason: how many."""
 
@@ -107,7 +109,7 @@ class Dealer:
         counts: Counts = {name: Counter() for name in (*SPLITS, "left_out")}
         dealt = list(workers.map(self._deal, self.blocks))
         for name, found in (item for more in dealt for item in more.items()):
-            counts[name].update(found)
+            _add(counts[name], found)
         for name in ("validation", "test"):
             join_files([self._path(name, block) for block in self.blocks], out / f"{name}.jsonl")
         steps.update(2)
@@ -120,7 +122,7 @@ class Dealer:
         contaminated = 0
         for num, dropped in workers.map(self._drop, tasks):
             contaminated += num
-            counts["train"].subtract(dropped)
+            _add(counts["train"], dropped, sign=-1)
             counts["left_out"].update({"contaminated": dropped["records"]} if dropped else {})
         join_files([self._path("train", block) for block in self.blocks], out / "train.jsonl")
         join_files([self._path("rejects", block) for block in self.blocks], out / REJECTS)
@@ -186,7 +188,17 @@ class Dealer:
 
 def _counted(record: Record) -> dict[str, int]:
     counts = {"records": 1, "bytes": sum(len(part.encode()) for part in record.parts()), f"source {record.source}": 1}
-    return counts | ({f"licence {record.licence}": 1} if record.licence else {})
+    return counts | ({LICENCE + record.licence: 1} if record.licence else {})
+
+
+def _add(counts: Counter[str], more: Mapping[str, int], sign: int = 1) -> None:
+    """Adds counts up; of licences that every record names anew, only the first are counted by name."""
+    for name, num in more.items():
+        is_new = name.startswith(LICENCE) and name not in counts
+        if is_new and sum(known.startswith(LICENCE) for known in counts) >= MOST_LICENCES:
+            counts[OTHER_LICENCES] += sign * num
+        else:
+            counts[name] += sign * num
 
 
 def _copy(head: np.ndarray, original: np.ndarray) -> tuple[str, str]:

@@ -54,7 +54,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("records", told.RecordsConfig, "qlora_dist.data.records:write_records", version=3),
+        Stage("records", told.RecordsConfig, "qlora_dist.data.records:write_records", version=4),
         Stage("splits", told.SplitsConfig, "qlora_dist.data.splits:write_splits", version=3, spreads=True),
         Stage("shards", told.ShardsConfig, "qlora_dist.data.shards:write_shards", version=2, spreads=True),
         Stage("tokenizer", told.TokenizerConfig, "qlora_dist.model.tokenizer:write_tokenizer"),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_dist.config.data import Kind
-from qlora_dist.data.kinds import UnusableError, make_record
+from qlora_dist.data.kinds import UnusableError, columns, make_record
 
 U, A, S = "user", "assistant", "system"
 TABLE: list[tuple[dict[str, Any], str, list[tuple[str, str]]]] = [
@@ -99,6 +99,18 @@ def test_what_no_kind_fits_is_refused_with_its_reason(raw: Any, reason: str) -> 
     with pytest.raises(UnusableError) as caught:
         make_record(raw)
     assert caught.value.reason == reason
+
+
+def test_a_records_own_licence_is_read_where_it_is_a_name() -> None:
+    assert make_record({"text": "t", "license": "MIT"}).licence == "MIT"
+    assert make_record({"text": "t", "rights": "CC0"}, fields={"licence": "rights"}).licence == "CC0"
+    for odd in (["MIT"], 3, "x" * 101, "a\nb", "\ud800"):
+        assert make_record({"text": "t", "licence": odd}).licence == ""
+
+
+def test_columns_are_named_for_each_field() -> None:
+    raw = {"frage": "q", "answer": "r", "response": None, "id": 3}
+    assert columns(raw, {"instruction": "frage"}) == {"instruction": "frage", "response": "answer"}
 
 
 def test_equal_content_has_one_id_wherever_it_stands() -> None:

@@ -100,6 +100,25 @@ def test_a_cache_that_cant_be_written_costs_nothing_but_time(tmp_path: Path, mon
     assert leaf_digest(part) == leaf_digest(part)
 
 
+@pytest.mark.parametrize("pattern", ["", "*/*.jsonl", "**/*.jsonl", "[ab]/part.jsonl"])
+def test_files_of_one_name_are_told_apart_in_records_and_rejects(tmp_path: Path, pattern: str) -> None:
+    for folder in ("a", "b"):
+        lines(tmp_path / folder, "part.jsonl", 0, 2).open("a").write("{broken\n")
+    config = domain(str(tmp_path / pattern))
+    names = set()
+    for piece in (Piece.parse(text) for part in plan_parts(config) for text in part):
+        for item in read_piece(piece, config.sources[0]):
+            names.add((item.file, item.line) if isinstance(item, Reject) else item[:2])
+    assert names == {(f"{folder}/part.jsonl", line) for folder in "ab" for line in (1, 2, 3)}
+
+
+def test_a_field_that_no_kind_has_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    lines(tmp_path, "a.jsonl", 0, 2)
+    config = DomainConfig(sources=[SourceConfig(path=str(tmp_path), fields={"respons": "answer_text"})])
+    with pytest.raises(ConfigError, match=r"sources\[0\]\.fields=respons.*Did you mean response"):
+        plan_parts(config)
+
+
 @pytest.mark.parametrize(
     ("path", "says"),
     [

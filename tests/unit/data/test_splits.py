@@ -166,6 +166,17 @@ def test_licence_and_source_are_carried_to_the_splits(corpus: Make) -> None:
     assert made.facts["splits"]["splits"]["train"]["licence CC0-1.0"] == len(made.read("train"))
 
 
+def test_licences_are_counted_by_name_up_to_a_bound(corpus: Make) -> None:
+    examples = [{"text": sentence(i), "license": "MIT" if i % 2 else f"own {i}"} for i in range(200)]
+    made = corpus(examples, source={"licence": "CC0-1.0"}).records().splits()
+    train = made.facts["splits"]["splits"]["train"]
+    licences = {name: num for name, num in train.items() if name.startswith("licence ")}
+    assert sum(licences.values()) == train["records"]
+    assert licences["licence MIT"] == sum(r.licence == "MIT" for r in made.read("train"))
+    assert len(licences) == 51
+    assert licences["licence (others)"] > 10
+
+
 @pytest.mark.parametrize("fault", ["record", "text", "near"])
 def test_the_check_of_its_own_sees_what_crosses_a_split(corpus: Make, fault: str) -> None:
     made = corpus([{"text": sentence(i, 300)} for i in range(60)]).records().splits()
