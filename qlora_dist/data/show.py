@@ -2,6 +2,7 @@
 
 python -m qlora_dist.data.show runs/artifacts/rows/legal-0-1a2b3c4d5e6f
 python -m qlora_dist.data.show 'data/*.jsonl' --tokenizer FOLDER
+python -m qlora_dist.data.show data/faq.csv --field instruction=frage --field response=antwort
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -17,37 +18,62 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from qlora_dist.config.data import DomainConfig, SourceConfig
+from qlora_dist.config.data import DomainConfig, Kind, SourceConfig
 from qlora_dist.config.stages import RecordsConfig
 from qlora_dist.data.encode import Encoder, tokenizer_digest
+from qlora_dist.data.kinds import FIELDS, UnusableError, columns, make_record
 from qlora_dist.data.record import Record, Reject
 from qlora_dist.data.records import examples
 from qlora_dist.data.rows import Rows, row_order
-from qlora_dist.data.sources import plan_parts
+from qlora_dist.data.sources import Piece, plan_parts, read_piece
 from qlora_dist.data.templates import PLAIN, ChatTemplate
-from qlora_dist.errors import DataError, QloraDistError
+from qlora_dist.errors import DataError, QloraDistError, bad_value
 
 TRAINED, PROMPT, SPECIAL = "green", "dim", "magenta"
+FIRST_EXAMPLES = 1000
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qlora_dist.data.show", description=__doc__.split("\n")[0])
-    parser.add_argument("path", help="a folder of packed rows, or a source: file, folder, glob, installed:<corpus>")
-    parser.add_argument("--tokenizer", type=Path, help="the folder of the tokenizer (found by itself for a run's rows)")
-    parser.add_argument("--num", type=int, default=3, help="how many rows or records are shown (3)")
-    parser.add_argument("--row", type=int, help="one row by its number, instead of a random few")
-    told = parser.parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
+    told = _parser().parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         if (Path(told.path) / "rows.json").is_file():
             show_rows(console, Path(told.path), told.tokenizer, told.num, told.row)
         else:
-            show_source(console, told.path, told.tokenizer, told.num)
+            show_source(console, _source(told), told.tokenizer, told.num)
     except QloraDistError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qlora_dist.data.show", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("path", help="a folder of packed rows, or a source: file, folder, glob, hub id, installed:NAME")
+    parser.add_argument("--tokenizer", type=Path, help="the folder of the tokenizer (found by itself for a run's rows)")
+    parser.add_argument("--num", type=int, default=3, help="how many rows or records are shown (3)")
+    parser.add_argument("--row", type=int, help="one row by its number, instead of a random few")
+    source = parser.add_argument_group("of a source", "as in domain.<name>.sources")
+    source.add_argument("--kind", choices=[kind.value for kind in Kind], default="auto")
+    source.add_argument(
+        "--field", action="append", default=[], metavar="NAME=COLUMN", help="may be given several times"
+    )
+    source.add_argument("--passage-chars", type=int, default=0)
+    source.add_argument("--subset", default="")
+    source.add_argument("--split", default="train")
+    source.add_argument("--revision", default="")
+    return parser
+
+
+def _source(told: argparse.Namespace) -> SourceConfig:
+    if wrong := next((pair for pair in told.field if "=" not in pair), None):
+        raise bad_value("--field", wrong, "NAME=COLUMN, e.g. response=answer_text")
+    fields = {name: column for name, _, column in (pair.partition("=") for pair in told.field)}
+    named = {name: getattr(told, name) for name in ("path", "passage_chars", "subset", "split", "revision")}
+    return SourceConfig(**named, kind=Kind(told.kind), fields=fields)
 
 
 def show_rows(console: Console, folder: Path, tokenizer: Path | None, num: int, row: int | None) -> None:
@@ -79,14 +105,14 @@ def show_rows(console: Console, folder: Path, tokenizer: Path | None, num: int, 
         console.print(f"{rows.row_tokens - segments['length'].sum()} slots of padding", style=PROMPT)
 
 
-def show_source(console: Console, path: str, tokenizer: Path | None, num: int) -> None:
-    """Prints the first records of a source with their kind, as the template renders them; then what was rejected."""
-    domain = DomainConfig(sources=[SourceConfig(path=path)])
+def show_source(console: Console, source: SourceConfig, tokenizer: Path | None, num: int) -> None:
+    """Prints the first records of a source as the template renders them, then kinds, columns and rejects of many."""
+    domain = DomainConfig(sources=[source])
     files = [file for part in plan_parts(domain, "source") for file in part]
     encoder = Encoder(tokenizer) if tokenizer else None
     kinds: Counter[str] = Counter()
     rejects: list[Reject] = []
-    for item in islice(examples(RecordsConfig(domain="shown", source=domain, files=files)), 1000):
+    for item in islice(examples(RecordsConfig(domain="shown", source=domain, files=files)), FIRST_EXAMPLES):
         if isinstance(item, Reject):
             rejects.append(item)
             continue
@@ -94,11 +120,40 @@ def show_source(console: Console, path: str, tokenizer: Path | None, num: int) -
         if kinds.total() <= num:
             console.rule(f"{item.file}:{item.line}, kind {item.kind}", align="left")
             console.print(_shown(console, item, encoder))
-    console.rule("the first 1000 examples", align="left")
+    console.rule(f"the first {kinds.total() + len(rejects)} examples", align="left")
     console.print(", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "no record", end="")
     console.print(f"; {len(rejects)} rejected")
-    for reject in rejects[:num]:
-        console.print(f"  {reject}")
+    for line in read_columns(files, source):
+        console.print(f"  {line}", style=PROMPT)
+    for reason, number in Counter(reject.reason for reject in rejects).most_common():
+        first = next(reject for reject in rejects if reject.reason == reason)
+        console.print(
+            f"  {number} x {reason}: first {first.file}:{first.line}" + f" ({first.detail})" * bool(first.detail)
+        )
+
+
+def read_columns(files: list[str], source: SourceConfig) -> list[str]:
+    """Tells, for each kind among the first examples, which column each field is read from, and which aren't used."""
+    used: dict[str, dict[str, str]] = {}
+    others: dict[str, set[str]] = {}
+    raws = (item[2] for text in files for item in read_piece(Piece.parse(text), source) if not isinstance(item, Reject))
+    for raw in islice(raws, FIRST_EXAMPLES):
+        if not isinstance(raw, Mapping):
+            continue
+        try:
+            kind = make_record(raw, source.kind, source.fields).kind
+        except UnusableError:
+            continue
+        wanted = {*FIELDS[Kind(kind)], "licence"}
+        found = {name: str(column) for name, column in columns(raw, source.fields).items() if name in wanted}
+        used.setdefault(kind, {}).update(found)
+        others.setdefault(kind, set()).update(map(str, raw.keys() - found.values()))
+    lines = []
+    for kind, found in sorted(used.items()):
+        unused = sorted(others[kind] - set(found.values()))
+        more = f"; not used: {', '.join(unused[:8])}{' …' if len(unused) > 8 else ''}" if unused else ""
+        lines.append(f"{kind}: " + ", ".join(f"{name} from {column!r}" for name, column in found.items()) + more)
+    return lines
 
 
 def painted(console: Console, encoder: Encoder, tokens_T: np.ndarray, trained_T: np.ndarray) -> Text:

@@ -53,7 +53,36 @@ def test_a_source_is_shown_with_its_kinds_before_any_run(tmp_path: Path, tokeniz
         assert "a.jsonl:1, kind instruction" in shown
         assert "### Response:\n«A.</s>»" in shown
         assert "1 instruction, 1 text; 1 rejected" in shown
-        assert "a.jsonl:3: broken JSON" in shown
+        assert "  1 x broken JSON: first a.jsonl:3 (" in shown
+
+
+def test_columns_are_told_by_kind_and_can_be_mapped(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "[faq] :smile:.csv"
+    path.write_text("id,frage,antwort,license\n1,Wann?,Bald.,CC0\n2,Wo?,Hier.,CC0\n3,,leer,\n")
+    assert main([str(path)]) == 0
+    assert (
+        "3 x unknown fields: first [faq] :smile:.csv:2 (found antwort, frage, id, license)" in capsys.readouterr().out
+    )
+    mapped = ["--field", "instruction=frage", "--field", "response=antwort"]
+    assert main([str(path), *mapped]) == 0
+    shown = capsys.readouterr().out
+    assert "Wann?\n\n### Response:\n«Bald.</s>»" in shown
+    assert "2 instruction; 1 rejected" in shown
+    told = "instruction from 'frage', response from 'antwort', licence from 'license'; not used: id"
+    assert f"  instruction: {told}\n" in shown
+    assert "1 x empty field: first [faq] :smile:.csv:4 (instruction)" in shown
+    assert main([str(path), *mapped, "--kind", "text"]) == 0
+    assert "no record; 3 rejected" in capsys.readouterr().out
+    for wrong, says in (("response", "NAME=COLUMN"), ("answer=x", "names of fields")):
+        assert main([str(path), "--field", wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_running_text_is_shown_in_passages(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.txt").write_text("first passage\n\nsecond passage\n")
+    assert main([str(tmp_path / "a.txt"), "--passage-chars", "5"]) == 0
+    assert "«first passage»" in (shown := capsys.readouterr().out)
+    assert "2 text; 0 rejected" in shown
 
 
 def test_a_source_that_is_not_there_is_one_line(capsys: Any) -> None:
