@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -136,7 +137,8 @@ def read_columns(files: list[str], source: SourceConfig) -> list[str]:
     """Tells, for each kind among the first examples, which column each field is read from, and which aren't used."""
     used: dict[str, dict[str, str]] = {}
     others: dict[str, set[str]] = {}
-    raws = (item[2] for text in files for item in read_piece(Piece.parse(text), source) if not isinstance(item, Reject))
+    items = (item for text in files for item in read_piece(Piece.parse(text), source))
+    raws: Iterator[Any] = (item[2] for item in items if not isinstance(item, Reject))
     for raw in islice(raws, FIRST_EXAMPLES):
         if not isinstance(raw, Mapping):
             continue
