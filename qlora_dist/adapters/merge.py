@@ -18,8 +18,8 @@ from qlora_dist.runtime import Facts, write_json
 if TYPE_CHECKING:
     from qlora_dist.model.peft_folder import PeftFolder
 
-BASE, ROWS = "base", "rows-"
-"""The inputs of a merge that are no adapters: the base, and the rows of each label."""
+BASE, ROWS, PART = "base", "rows-", "merged_part-"
+"""The inputs of a merge that are no adapters: the base, the rows of each label, and finished ranges of modules."""
 MERGE_FILE = "merge.json"
 """Says, beside the merged adapter, which parts it is made of, with which weights and ranks."""
 
@@ -33,8 +33,9 @@ def merge_adapters(config: MergedConfig, inputs: Mapping[str, Path], out: Path) 
     """
     from qlora_dist.adapters.collect import open_adapters, shares
     from qlora_dist.adapters.describe import describe
+    from qlora_dist.adapters.parts import read_merged
     from qlora_dist.adapters.rules import merge_rule
-    from qlora_dist.adapters.streaming import merge_modules
+    from qlora_dist.adapters.streaming import merge_in_order, write_modules
 
     if config.rounds is not None:
         return merge_rounds(config.rounds, inputs, out)
@@ -50,7 +51,9 @@ def merge_adapters(config: MergedConfig, inputs: Mapping[str, Path], out: Path) 
             weights = {label: weight for label, weight in weights.items() if weight}
             rule = merge_rule(replace(config.merge, method=_exact(config.merge)), list(weights.values()))
         adapters = [adapter for adapter in opened if adapter.label in weights]
-        modules = merge_modules(adapters, rule, out, config.merge.workers)
+        parts = [path for name, path in inputs.items() if name.startswith(PART)]
+        merged = read_merged(parts) if parts else merge_in_order(adapters, rule, config.merge.workers)
+        modules = write_modules(adapters, merged, out)
         told = {"method": config.merge.method.name, "weights": config.merge.weights.name}
         facts = told | describe(adapters, weights, config.merge.scale, modules)
         write_json(out / MERGE_FILE, facts)
@@ -72,8 +75,8 @@ def _exact(merge: MergeConfig) -> MergeMethod:
 
 
 def adapter_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:
-    """Returns the adapters among the inputs of a merge: all but what it is calibrated on."""
-    return {label: path for label, path in inputs.items() if label != BASE and not label.startswith(ROWS)}
+    """Returns the adapters among the inputs of a merge: all but what it is calibrated on, and its finished parts."""
+    return {label: path for label, path in inputs.items() if label != BASE and not label.startswith((ROWS, PART))}
 
 
 def write_joint_provenance(adapters: Sequence[PeftFolder], out: Path) -> None:

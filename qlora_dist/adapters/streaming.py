@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -13,34 +13,44 @@ from qlora_dist.model.peft_folder import Factors, PeftFolder, PeftWriter
 from qlora_dist.model.threads import one_thread_each
 from qlora_dist.runtime import Progress
 
+Merged = Iterable[tuple[str, tuple[Factors, ModuleFacts]]]
+"""Modules by name, each with its update and what is said of it."""
 
-def merge_modules(adapters: Sequence[PeftFolder], rule: Rule, out: Path, workers: int = 0) -> dict[str, ModuleFacts]:
-    """Writes what `rule` makes of each module, and returns what it says of each.
 
-    Memory holds `workers` + 1 modules at a time, whatever the number of modules.
-    """
+def write_modules(adapters: Sequence[PeftFolder], merged: Merged, out: Path) -> dict[str, ModuleFacts]:
+    """Writes the modules of a merge of `adapters` to a PEFT folder, and returns what is said of each."""
     owner = next((a for a in adapters if a.saved_modules), None)
     progress = Progress(len(adapters[0].modules), "module")
     described = {}
     with PeftWriter(out, adapters[0], owner) as writer:
-        for module, (factors, described[module]) in _in_order(adapters, rule, workers or os.cpu_count() or 1):
+        for module, (factors, described[module]) in merged:
             writer.add(module, factors)
             progress.update(len(described))
         writer.add_saved()
     return described
 
 
-def _in_order(
-    adapters: Sequence[PeftFolder], rule: Rule, workers: int
+def merge_in_order(
+    adapters: Sequence[PeftFolder], rule: Rule, workers: int = 0, modules: Sequence[str] | None = None
 ) -> Iterator[tuple[str, tuple[Factors, ModuleFacts]]]:
-    """Yields merged modules in the file's order, while `workers` threads work ahead by one module each."""
+    """Yields what `rule` makes of each module, in the file's order.
+
+    Memory holds `workers` + 1 modules at a time, whatever the number of modules.
+
+    Args:
+        adapters: the parts.
+        rule: makes one module's update.
+        workers: threads, each of which works ahead by one module; 0 is one a core.
+        modules: which modules; None is all.
+    """
+    workers = workers or os.cpu_count() or 1
 
     def work(module: str) -> tuple[Factors, ModuleFacts]:
         return rule(module, [a.factors(module) for a in adapters])
 
     waiting: deque[tuple[str, Future[tuple[Factors, ModuleFacts]]]] = deque()
     with one_thread_each(workers) as pool:
-        for module in adapters[0].modules:
+        for module in adapters[0].modules if modules is None else modules:
             if len(waiting) > workers:
                 name, done = waiting.popleft()
                 yield name, done.result()

@@ -62,6 +62,8 @@ class MergeConfig:
     look at `calibration_rows` rows of each part; `gram_keep` is RegMean's alpha, `steps`, `learning_rate` and
     `learned_per` are of `learned`.
 
+    With `num_parts`, the modules are divided over so many nodes, and joined to the same bytes.
+
     With `compare`, these methods at these `scales`, and each part alone, are scored on development data; the one
     shipped wins the most among those that forget at most `max_forgetting` bits per byte of general text.
 
@@ -84,6 +86,7 @@ class MergeConfig:
     learning_rate: float = setting(0.05, above=0)
     learned_per: LearnedPer = setting(LearnedPer.adapter)
     workers: int = execution(0, at_least=0)
+    num_parts: int = execution(1, at_least=1)
     compare: list[MergeMethod] = setting(list)
     scales: list[float] = setting(list, above=0, at_most=10)
     max_forgetting: float = setting(0.1, at_least=0)
@@ -105,6 +108,9 @@ class MergeConfig:
         if set(methods) == {MergeMethod.concat} and bounded:
             repair = f"Set {key}.method=svd for the best lower rank."
             raise bad_value(f"{key}.rank", self.rank, "0, with energy 0: concat is the exact sum", repair)
+        if self.num_parts > 1 and (self.compare or self.every_steps or self.method in CALIBRATED):
+            wanted = "1 with a referee, with rounds, or with a method that looks at data"
+            raise bad_value(f"{key}.num_parts", self.num_parts, wanted)
         if self.every_steps:
             self._check_rounds(key)
 

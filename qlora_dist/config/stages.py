@@ -133,6 +133,16 @@ class MergedConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class MergedPartConfig:
+    """Stage `merged_part`: merge one range of the modules, of `num_parts` ranges."""
+
+    merge: MergeConfig = setting(MergeConfig)
+    shard_weights: dict[str, float] = setting(dict)
+    part: int = 0
+    num_parts: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
 class ScoresConfig:
     """Stage `scores`: measure one model on every held-out set.
 

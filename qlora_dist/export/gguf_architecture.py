@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from qlora_dist.errors import ModelError
 from qlora_dist.runtime import log
 
+if TYPE_CHECKING:
+    import torch
+
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """Hugging Face's `model_type`, and the name of the architecture in `gguf.MODEL_ARCH`."""
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _PERMUTED = ("llama", "mistral")
 
 
@@ -24,12 +26,23 @@ def gguf_arch(config: Mapping[str, Any]) -> Any:
     """
     import gguf
 
-    kind = config.get("model_type")
+    refuse_architecture(config)
+    return gguf.MODEL_ARCH[ARCHITECTURES[config["model_type"]]]
+
+
+def refuse_architecture(config: Mapping[str, Any]) -> None:
+    """Refuses a model whose layers or rotary embedding llama.cpp isn't told of here.
+
+    Raises:
+        ModelError: naming what isn't known, and what is.
+    """
+    kind, rotary = config.get("model_type"), rope(config)["rope_type"]
     if kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         repair = "Export with --to hf, and convert that folder with llama.cpp's own convert_hf_to_gguf.py."
         raise ModelError(f"model_type={kind}: --to gguf knows {known}. {repair}")
-    return gguf.MODEL_ARCH[ARCHITECTURES[kind]]
+    if rotary not in ROPE_TYPES:
+        raise ModelError(f"rope_type={rotary}: --to gguf knows {', '.join(ROPE_TYPES)}. Export with --to hf.")
 
 
 def tensor_names(config: Mapping[str, Any]) -> Any:
@@ -109,8 +122,6 @@ def _add_rope_scaling(writer: Any, parameters: Mapping[str, Any]) -> None:
     kind = parameters["rope_type"]
     if kind in ("default", "llama3"):  # llama3's factors are a tensor, see `rope_factors`
         return
-    if kind not in ("linear", "yarn"):
-        raise ModelError(f"rope_type={kind}: --to gguf knows default, linear, yarn and llama3. Export with --to hf.")
     writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
     writer.add_rope_scaling_factor(float(parameters["factor"]))
     if kind == "yarn":
@@ -119,6 +130,8 @@ def _add_rope_scaling(writer: Any, parameters: Mapping[str, Any]) -> None:
 
 def rope_factors(config: Mapping[str, Any]) -> torch.Tensor | None:
     """Returns what each rotary frequency is divided by in Llama 3.1's scaling, None for other models."""
+    import torch
+
     parameters = rope(config)
     if parameters["rope_type"] != "llama3":
         return None

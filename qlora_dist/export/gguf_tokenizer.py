@@ -38,28 +38,39 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, pre: str = "") -> 
     """
     import gguf
 
-    fields = read_json(folder / "tokenizer.json", "llama.cpp's tokenizer is made from it")
-    if fields["model"].get("type") != "BPE":
-        raise ModelError(
-            f"{folder}: a {fields['model'].get('type')} tokenizer; --to gguf knows BPE. Export with --to hf."
-        )
-    if not fields["model"].get("merges"):
-        raise ModelError(f"{folder}: its tokenizer has no merges, which llama.cpp asks for. Export with --to hf.")
+    fields, pre = refuse_tokenizer(folder, pre)
     tokens, types = _tokens(fields, vocab_size)
     if fields["model"].get("byte_fallback"):
         writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
+        writer.add_tokenizer_pre(pre)
         writer.add_token_scores(_scores(fields, tokens))
         writer.add_add_space_prefix(_prepends_space(fields))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre or pre_tokenizer_name(fields, folder))
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     has_merges = not fields["model"].get("byte_fallback")
     special = gguf.SpecialVocab(folder, load_merges=has_merges, n_vocab=vocab_size)
     special.add_special_token.setdefault("bos", _begins_with_bos(folder))
     special.add_to_gguf(writer, quiet=True)
+
+
+def refuse_tokenizer(folder: Path, pre: str = "") -> tuple[dict[str, Any], str]:
+    """Returns the fields of tokenizer.json and llama.cpp's name of its pre-tokenizer, which `pre` may name.
+
+    Raises:
+        ModelError: for a tokenizer that llama.cpp has no equal of, with the repair.
+    """
+    fields = read_json(folder / "tokenizer.json", "llama.cpp's tokenizer is made from it")
+    kind = fields["model"].get("type")
+    if kind != "BPE":
+        raise ModelError(f"{folder}: a {kind} tokenizer; --to gguf knows BPE. Export with --to hf.")
+    if not fields["model"].get("merges"):
+        raise ModelError(f"{folder}: its tokenizer has no merges, which llama.cpp asks for. Export with --to hf.")
+    if fields["model"].get("byte_fallback"):
+        return fields, "default"
+    return fields, pre or pre_tokenizer_name(fields, folder)
 
 
 def pre_tokenizer_name(fields: dict[str, Any], folder: Path) -> str:
@@ -76,9 +87,12 @@ def pre_tokenizer_name(fields: dict[str, Any], folder: Path) -> str:
         return "gpt-2"
     if len(byte_level) == 1 and len(patterns) == 1 and len(steps) == 2 and patterns[0] in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[patterns[0]]
+    where = "The list is in its llama-vocab.cpp."
     shown = hashlib.sha256(str(steps).encode()).hexdigest()[:8]
-    repair = "Name the right one with --tokenizer-pre (the list is in llama.cpp's llama-vocab.cpp), or use --to hf."
-    raise ModelError(f"{folder}/tokenizer.json: llama.cpp's name of its pre-tokenizer ({shown}) is unknown. {repair}")
+    repair = "Name the right one with --tokenizer-pre, in a run with export.tokenizer_pre, or export to hf instead."
+    raise ModelError(
+        f"{folder}/tokenizer.json: llama.cpp's name of its pre-tokenizer ({shown}) is unknown. {where} {repair}"
+    )
 
 
 def _tokens(fields: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_dist.errors import ModelError, bad_value
 from qlora_dist.export import check
 from qlora_dist.export.huggingface import DTYPES, Gain, write_model
+from qlora_dist.export.refusals import refuse_without_gguf
 from qlora_dist.export.weights import MergedWeights
 from qlora_dist.model.base import model_folder, no_progress_bars
 from qlora_dist.model.peft_folder import PeftFolder
@@ -88,8 +88,7 @@ def _write(arguments: argparse.Namespace, weights: MergedWeights, out: Path, dty
     if arguments.to == "hf":
         out.mkdir()
         return write_model(weights, out, DTYPES[dtype])
-    if find_spec("gguf") is None:
-        raise ModelError(f"--to {arguments.to} needs the package gguf: pip install 'qlora_dist[gguf]'.")
+    refuse_without_gguf(arguments.to)
     from qlora_dist.export.gguf_file import write_gguf, write_gguf_lora
 
     if arguments.to == "gguf":

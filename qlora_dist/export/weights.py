@@ -5,16 +5,16 @@ Shape letters: I inputs and O outputs of a layer (a weight is O×I), R lora_rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
 from qlora_dist.errors import ModelError
 from qlora_dist.export.nf4 import linear_weights, nf4_round_trip
+from qlora_dist.export.refusals import refuse_quantized
 from qlora_dist.model.peft_folder import Factors, PeftFolder
 from qlora_dist.model.tensorfile import Entry, TensorFile
 from qlora_dist.model.weights import find_weights, read_json
@@ -144,17 +144,3 @@ class BaseRows:
             self._whole[first:last] if self._whole is not None else self._file.read_rows(self._name, first, last, raw)
         )
         return values[: found.numel()].view(found.shape).copy_(found)
-
-
-def refuse_quantized(config: Mapping[str, Any], base: Path) -> None:
-    """Refuses a base whose stored weights are quantized: what is added would be rounded away.
-
-    Raises:
-        ModelError: naming the quantization.
-    """
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
-        bits = " (4-bit)" if quantization.get("load_in_4bit") else ""
-        why = "Rounding the sum to 4 bits keeps 2 to 4 % of an adapter"
-        repair = "Give --base the 16-bit original, or ship the adapter unmerged."
-        raise ModelError(f"--base={base}: its weights are quantized by {method}{bits}. {why}. {repair}")

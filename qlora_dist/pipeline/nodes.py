@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from qlora_dist.adapters.merge import PART
 from qlora_dist.artifacts.leaves import folder_digest
 from qlora_dist.artifacts.objects import is_url
 from qlora_dist.artifacts.remote import resolve_root, resolve_staging
@@ -18,6 +19,7 @@ from qlora_dist.config.sweep import SweepName
 from qlora_dist.config.train import Method
 from qlora_dist.data.sources import leaf_digest, plan_parts
 from qlora_dist.errors import bad_value
+from qlora_dist.export.refusals import refuse_export
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.together import add_workers, rounds_config
 from qlora_dist.pipeline.trials import ShardInputs, TrialPlanner, device_bytes
@@ -32,6 +34,7 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
 
     Raises:
         ConfigError, DataError: if a source or the base can't be there.
+        ModelError: if the base can't be exported as it is asked for.
     """
     planner = _Planner(config, command)
     if config.merge.every_steps:
@@ -50,6 +53,7 @@ def make_plan(config: RunConfig, command: str = "") -> Plan:
     else:
         models = {**adapters, "merged": planner.merged(adapters)}
     if config.export.format is not ExportFormat.none and "merged" in models:
+        refuse_export(config.model, config.export)
         needs = {"base": planner.base, "adapter": models["merged"]}
         planner.plan.add("export", "merged", told.ExportedConfig(export=config.export), inputs=needs)
     planner.scores("base", None)
@@ -139,7 +143,19 @@ class _Planner:
         if merge.method in CALIBRATED:
             config.model = self.config.model
             inputs |= {"base": self.base, **self._calibration("rows-", adapters)}
-        return self.plan.add("merged", "all", config, inputs=inputs)
+        return self.plan.add("merged", "all", config, inputs=inputs, means=self._merged_parts(adapters))
+
+    def _merged_parts(self, adapters: Mapping[str, Node]) -> dict[str, Node]:
+        """Adds the ranges of modules that a divided merge is joined from; returns them by the merge's input."""
+        merge, weights = self.config.merge, self._shard_weights()
+        if merge.num_parts == 1:
+            return {}
+        told_parts = [
+            told.MergedPartConfig(merge=merge, shard_weights=weights, part=part, num_parts=merge.num_parts)
+            for part in range(merge.num_parts)
+        ]
+        nodes = [self.plan.add("merged_part", f"all-{one.part}", one, inputs=adapters) for one in told_parts]
+        return {f"{PART}{part}": node for part, node in enumerate(nodes)}
 
     def _calibration(self, prefix: str, labels: Iterable[str]) -> dict[str, Node]:
         """Returns the rows that a merge looks at: each part's own; for a soup, which chooses, development data."""

@@ -147,13 +147,17 @@ class Plan:
         config: Any,
         *,
         inputs: Mapping[str, Node] | None = None,
+        means: Mapping[str, Node] | None = None,
         leaves: Mapping[str, str] | None = None,
         world_size: int = 1,
         group: str = "",
         subject: str = "",
     ) -> Node:
-        """Adds a node, unless it is there already, and returns it; its key follows from its recipe and its inputs."""
-        inputs = inputs or {}
+        """Adds a node, unless it is there already, and returns it; its key follows from its recipe and its inputs.
+
+        `means` are read too, but say how and not what is made, so they stay out of the key.
+        """
+        inputs, means = inputs or {}, means or {}
         recipe = identity(config)
         keys = {name: node.key for name, node in inputs.items()}
         key = recipe_key(stage, STAGES[stage].version, recipe, keys, leaves)
@@ -163,7 +167,7 @@ class Plan:
             key=key,
             config=everything(config),
             recipe=recipe,
-            inputs={name: node.id for name, node in inputs.items()},
+            inputs={name: node.id for name, node in {**inputs, **means}.items()},
             leaves=dict(leaves or {}),
             world_size=world_size,
             group=group,

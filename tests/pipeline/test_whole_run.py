@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.export.llama_cpp import LlamaCpp
+
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -210,11 +212,12 @@ def test_a_second_launch_at_the_same_time_is_refused_by_name(workplace):
 
 @pytest.mark.slow
 def test_multirun_shares_what_its_points_have_in_common(workplace):
-    code, output = workplace.launch("-m", "lora.lora_rank=2,4")
+    code, output = workplace.launch("-m", "lora.lora_rank=2,4", "merge.num_parts=2")
     assert code == 0, output
     root = workplace.folder / "runs"
     assert len(list((root / "artifacts" / "tiny").glob("tiny-*"))) == 1
     assert len(list((root / "artifacts" / "adapter").glob("files-0-*"))) == 2
+    assert len(list((root / "artifacts" / "merged_part").glob("all-*"))) == 4
     for rank in (2, 4):
         (folder,) = [p for p in root.glob("smoke-*") if f"lora_rank={rank}" in p.name]
         config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -234,7 +237,7 @@ def test_sixteen_bit_lora_and_full_fine_tuning_are_the_same_recipe_with_one_key_
 
 @pytest.mark.slow
 def test_the_referee_ships_the_candidate_that_gained_most_on_development_data(workplace):
-    code, output = workplace.launch("merge=referee", "merge.scales=[1.0,2.0]", "merge.max_forgetting=10")
+    code, output = workplace.launch("merge=referee", "merge.scales=[1.0,2.0]", "merge.max_forgetting=10", "export=gguf")
     assert code == 0, output
     chosen = only(workplace.folder / "runs" / "artifacts", "chosen/all-*")
     verdict = json.loads((chosen / "referee.json").read_text())
@@ -246,6 +249,23 @@ def test_the_referee_ships_the_candidate_that_gained_most_on_development_data(wo
     shipped = workplace.run_folder / "adapter" / "adapter_model.safetensors"
     assert digest(shipped) == digest(chosen / "adapter_model.safetensors")
     assert {row["model"] for row in workplace.summary["scores"]} == {"base", "merged"}
+    assert_llama_cpp_reads(only(workplace.folder / "runs" / "artifacts", "export/merged-*"), shipped.parent)
+
+
+def assert_llama_cpp_reads(export: Path, adapter: Path) -> None:
+    """Checks that the embedded base, merged, splits text and goes on with it in llama.cpp as it does here."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
+    theirs, tokens = LlamaCpp(export / "model.gguf"), tokenizer("notice subject to the parties").input_ids
+    assert theirs.tokens("notice subject to the parties") == tokens
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    found = model.generate(torch.tensor([tokens]), do_sample=False, min_new_tokens=12, max_new_tokens=12)
+    assert theirs.greedy(tokens) == found[0, len(tokens) :].tolist()
 
 
 @pytest.mark.slow

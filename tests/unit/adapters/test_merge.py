@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 
 from qlora_dist.adapters.merge import merge_adapters
-from qlora_dist.config.merge import MergeConfig, MergeWeights
-from qlora_dist.config.stages import MergedConfig
+from qlora_dist.adapters.parts import merge_part
+from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
+from qlora_dist.config.stages import MergedConfig, MergedPartConfig
 from qlora_dist.errors import ConfigError, ModelError
 from qlora_dist.model.adapter import read_provenance
 
@@ -75,6 +76,25 @@ def test_the_same_parts_give_the_same_bytes_and_leftovers_are_replaced(make_adap
         bytes_of.append({p.name: p.read_bytes() for p in sorted(out.iterdir())})
     assert bytes_of[0] == bytes_of[1]
     assert sorted(bytes_of[0]) == ["adapter_config.json", "adapter_model.safetensors", "merge.json"]
+
+
+@pytest.mark.parametrize("num_parts", [2, 5])
+@pytest.mark.parametrize("fields", [{}, {"method": MergeMethod.ties, "rank": 3}, {"method": MergeMethod.knots_ties}])
+def test_a_merge_divided_over_nodes_has_the_bytes_of_the_undivided_one(make_adapter, tmp_path, num_parts, fields):
+    shapes = {f"model.layers.{i}.mlp.down_proj": (10, 16 + i) for i in range(4)}
+    folders = {n: make_adapter(n, seed=i, shapes=shapes, known=provenance()) for i, n in enumerate("abc")}
+    merge = MergeConfig(scale=1.5, **fields)
+    parts, whole, joined = {}, tmp_path / "whole", tmp_path / "joined"
+    for part in range(num_parts):
+        out = parts[f"merged_part-{part}"] = tmp_path / f"part-{part}"
+        out.mkdir()
+        merge_part(MergedPartConfig(merge=merge, part=part, num_parts=num_parts), folders, out)
+    for out, inputs in ((whole, folders), (joined, folders | parts)):
+        out.mkdir()
+        merge_adapters(MergedConfig(merge=merge), inputs, out)
+    names = sorted(p.name for p in whole.iterdir())
+    assert names == sorted(p.name for p in joined.iterdir())
+    assert all((whole / n).read_bytes() == (joined / n).read_bytes() for n in names)
 
 
 def test_the_joint_provenance_counts_all_tokens(make_adapter, tmp_path):

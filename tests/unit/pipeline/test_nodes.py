@@ -9,6 +9,7 @@ from qlora_dist.errors import QloraDistError
 from qlora_dist.launch.compose import compose_run
 from qlora_dist.pipeline.nodes import make_plan, unread_keys
 from qlora_dist.pipeline.plan import Plan, drift, read_plan
+from qlora_dist.testing import save_tiny_model
 
 
 @pytest.fixture
@@ -126,6 +127,37 @@ def test_an_export_reads_the_base_and_what_is_shipped(corpus: Path):
         "adapter": "merged/all",
     }
     assert not [n for n in plan_of(corpus).names() if n.startswith("export")]
+
+
+def test_an_export_that_would_fail_in_the_end_is_refused_before_any_work(corpus: Path, tmp_path: Path):
+    base = save_tiny_model(tmp_path / "base")
+    given = [f"model.path={base}", "export=gguf"]
+    fields = json.loads((base / "tokenizer.json").read_text())
+    fields["model"]["merges"], fields["pre_tokenizer"] = [["a", "b"]], {"type": "Whitespace"}
+    (base / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(QloraDistError, match=r"export\.tokenizer_pre"):
+        plan_of(corpus, *given)
+    assert "export/merged" in plan_of(corpus, *given, "export.tokenizer_pre=gpt-2").names()
+    assert "export/merged" in plan_of(corpus, given[0], "export=gguf_lora").names()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "gemma3"}))
+    with pytest.raises(QloraDistError, match=r"model_type=gemma3: --to gguf knows llama"):
+        plan_of(corpus, *given)
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (base / "config.json").write_text(json.dumps(config | quantized))
+    with pytest.raises(QloraDistError, match=r"bitsandbytes \(4-bit\)"):
+        plan_of(corpus, given[0], "export=hf")
+
+
+def test_a_merge_divided_over_nodes_is_the_same_artifact(corpus: Path):
+    plan = plan_of(corpus, "merge.num_parts=3")
+    parts = [n for n in plan.nodes if n.stage == "merged_part"]
+    assert [n.label for n in parts] == ["all-0", "all-1", "all-2"]
+    assert all({plan.node(i).stage for i in n.inputs.values()} == {"adapter"} for n in parts)
+    assert {n.id for n in parts} <= set(plan.node("merged/all").inputs.values())
+    assert keys(plan).items() >= keys(plan_of(corpus)).items()
+    with pytest.raises(QloraDistError, match=r"merge\.num_parts=3: expected 1 with a referee"):
+        plan_of(corpus, "merge.num_parts=3", "merge.method=learned")
 
 
 def test_workers_read_the_rows_of_all_and_meet_in_one_folder(corpus: Path):
