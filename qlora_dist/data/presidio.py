@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from qlora_dist.errors import bad_value
 Scrubber = Callable[[str, Counter[str] | None], str]
 
 MIN_SCORE = 0.5
+PIECE_CHARS = 2**14
+"""Texts are analysed in pieces: spaCy refuses a million characters, and wants some 10 KB of memory for each."""
+
 KEPT = {"URL", "DATE_TIME", "NRP"}
 """What presidio finds too, but belongs to nobody in particular."""
 
@@ -44,7 +47,7 @@ def presidio_scrubber(language: str, model: str) -> Scrubber:
     engine = NlpEngineProvider(nlp_configuration=told).create_engine()
     analyzer = AnalyzerEngine(nlp_engine=engine, supported_languages=[language])
 
-    def scrub(text: str, counts: Counter[str] | None = None) -> str:
+    def scrubbed(text: str, counts: Counter[str] | None) -> str:
         found = [r for r in analyzer.analyze(text, language, score_threshold=MIN_SCORE) if r.entity_type not in KEPT]
         pieces, at = [], 0
         for result in sorted(found, key=lambda r: (r.start, -r.end)):
@@ -56,4 +59,18 @@ def presidio_scrubber(language: str, model: str) -> Scrubber:
                 counts[result.entity_type] += 1
         return "".join([*pieces, text[at:]])
 
+    def scrub(text: str, counts: Counter[str] | None = None) -> str:
+        return "".join(scrubbed(piece, counts) for piece in _pieces(text))
+
     return scrub
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts text after line ends, else after spaces, else anywhere."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        least, most = start + PIECE_CHARS // 2, start + PIECE_CHARS
+        end = text.rfind("\n", least, most) + 1 or text.rfind(" ", least, most) + 1 or most
+        yield text[start:end]
+        start = end
+    yield text[start:]

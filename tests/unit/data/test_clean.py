@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_dist.config.data import CleanConfig, Pii
+from qlora_dist.data import presidio
 from qlora_dist.data.clean import DroppedError, clean, normalize, passages, repeat_share, word_share
 from qlora_dist.data.kinds import UnusableError, make_record
 from qlora_dist.data.pii import scrub
@@ -112,18 +113,37 @@ def test_scrubbing_ends_on_any_text_and_only_when_asked(text: str) -> None:
     assert clean(record, CleanConfig(pii=Pii.patterns)).text == "mail <EMAIL> now"
 
 
-def test_presidio_adds_what_patterns_do_not_know(tmp_path: Path) -> None:
+def test_presidio_adds_what_patterns_do_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("presidio_analyzer", reason="the extra `presidio` is not installed")
     import spacy
 
-    spacy.blank("en").to_disk(tmp_path / "blank")  # no named entities, so only presidio's own patterns
-    config = CleanConfig(pii=Pii.presidio, pii_model=str(tmp_path / "blank"))
+    pipeline = spacy.blank("en")  # a model by rules stands in for one by statistics: presidio asks both the same
+    names = [("PERSON", "Anna Schmidt"), ("GPE", "Berlin"), ("ORG", "Acme"), ("DATE", "1970-01-01")]
+    rules = [{"label": label, "pattern": name} for label, name in names]
+    pipeline.add_pipe("entity_ruler").add_patterns(rules)  # type: ignore[attr-defined]
+    pipeline.to_disk(tmp_path / "ruled")
+    config = CleanConfig(pii=Pii.presidio, pii_model=str(tmp_path / "ruled"))
     counts: Counter[str] = Counter()
-    record = clean(make_record("My SSN is 536-90-4399, mail a@b.example, see http://x.example"), config, counts)
-    assert record.text == "My SSN is <US_SSN>, mail <EMAIL>, see http://x.example"
-    assert counts == {"US_SSN": 1, "EMAIL": 1}
+    text = "Anna Schmidt of Acme, Berlin, born 1970-01-01: SSN 536-90-4399, mail a@b.example, see http://x.example"
+    record = clean(make_record(text), config, counts)
+    told = "<PERSON> of <ORGANIZATION>, <LOCATION>, born 1970-01-01: SSN <US_SSN>, mail <EMAIL>, see http://x.example"
+    assert record.text == told
+    assert counts == {"PERSON": 1, "ORGANIZATION": 1, "LOCATION": 1, "US_SSN": 1, "EMAIL": 1}
+    monkeypatch.setattr(presidio, "PIECE_CHARS", 500)
+    long = "Anna Schmidt wrote.\n" * 100 + "x" * 1000
+    assert presidio_scrubber("en", str(tmp_path / "ruled"))(long, None) == long.replace("Anna Schmidt", "<PERSON>")
     with pytest.raises(ConfigError, match="python -m spacy download no_such_model"):
         presidio_scrubber("en", "no_such_model")
+
+
+@given(st.text("ab \n", max_size=400), st.integers(1, 20))
+def test_presidio_reads_all_of_a_text_in_small_pieces_cut_between_words(text: str, num_chars: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presidio, "PIECE_CHARS", num_chars)
+        pieces = list(presidio._pieces(text))
+    assert "".join(pieces) == text
+    assert all(len(piece) <= num_chars for piece in pieces)
+    assert all(a[-1] in " \n" or len(a) == num_chars for a in pieces[:-1])
 
 
 def test_presidio_that_is_not_installed_is_named_with_its_repair(monkeypatch: pytest.MonkeyPatch) -> None:
