@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "merge.md"
+SETS = "## Whole sets"
 LLAMA_8B = {
     "self_attn.q_proj": (4096, 4096),
     "self_attn.k_proj": (1024, 4096),
@@ -190,6 +191,7 @@ def hardware() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="seconds instead of minutes; writes no results")
+    parser.add_argument("--sets", action="store_true", help="only the whole sets; the other table stays as it is")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
@@ -198,14 +200,14 @@ def main() -> None:
     machine = hardware()
     shapes = [(256, 4, 4, 1)] if arguments.small else [(2048, 16, 4, 3), (2048, 16, 8, 1), (4096, 16, 4, 1)]
     lines = []
-    for shape in shapes:
+    for shape in shapes if not arguments.sets else []:
         lines.append(compare(*shape))
         print(lines[-1], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         sets = whole_set(Path(folder), 2 if arguments.small else 8, 1 if arguments.small else 32, 16)
     if arguments.small:
         return
-    text = [
+    table = [
         "# Merging\n",
         machine + "\n",
         "Against `add_weighted_adapter(combination_type='svd')` of PEFT on the same random adapters of one linear",
@@ -214,7 +216,14 @@ def main() -> None:
         "| layer | adapters | PEFT | here | times faster | error of ΔW | peak, PEFT (MiB) | peak, here | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
         *lines,
-        "\n8 random adapters of rank 16 on all linear layers of Llama 8B (224 modules, 1.3 GB of files), from files to",
+    ]
+    if arguments.sets:
+        table = RESULTS.read_text().partition(SETS)[0].rstrip().splitlines()
+    text = [
+        *table,
+        f"\n{SETS}\n",
+        machine + "\n",
+        "8 random adapters of rank 16 on all linear layers of Llama 8B (224 modules, 1.3 GB of files), from files to",
         "a file; peak is the whole process, interpreter and torch included.\n",
         "| method | rank of the result | modules | time | peak memory | written |",
         "|---|---|---|---|---|---|",

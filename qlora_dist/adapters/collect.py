@@ -8,7 +8,9 @@ from pathlib import Path
 
 from qlora_dist.config.merge import MergeWeights
 from qlora_dist.errors import ModelError, bad_value
-from qlora_dist.model.peft_folder import PeftFolder
+from qlora_dist.model.peft_folder import CONFIG_FILE, PeftFolder
+
+BASE_PATH = "base_model_name_or_path"
 
 
 @contextmanager
@@ -34,7 +36,8 @@ def check_fit(first: PeftFolder, other: PeftFolder) -> None:
     Raises:
         ModelError: naming what differs, and both values.
     """
-    ours, theirs = _identity(first), _identity(other)
+    by_content = first.provenance is not None and other.provenance is not None
+    ours, theirs = _identity(first, by_content), _identity(other, by_content)
     for name, mine in ours.items():
         if mine and theirs[name] and mine != theirs[name]:
             raise _differ(first, other, name, mine, theirs[name])
@@ -48,17 +51,21 @@ def check_fit(first: PeftFolder, other: PeftFolder) -> None:
             raise _differ(first, other, f"shape of {module}", str(first.shape(module)), str(other.shape(module)))
 
 
-def _identity(adapter: PeftFolder) -> dict[str, str]:
+def _identity(adapter: PeftFolder, by_content: bool) -> dict[str, str]:
+    """Returns what an adapter says of its base: by content where both do, else by name."""
     known = adapter.provenance
-    if known is not None:
-        return {"base": known.base_digest, "tokenizer": known.tokenizer_digest, "base path": "", "revision": ""}
+    if known is not None and by_content:
+        return {"base": known.base_digest, "tokenizer": known.tokenizer_digest}
     path, revision = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
-    return {"base": "", "tokenizer": "", "base path": path or "", "revision": revision or ""}
+    if known is not None:
+        path, revision = known.base_path, known.base_revision
+    return {BASE_PATH: path or "", "revision": revision or ""}
 
 
 def _differ(first: PeftFolder, other: PeftFolder, what: str, mine: str, theirs: str) -> ModelError:
-    shown = f"{first.label} has {mine[:80]}, {other.label} has {theirs[:80]}"
-    return ModelError(f"{first.label} and {other.label} can't be merged: another {what}: {shown} ({other.path}).")
+    shown = f"{first.label} has {mine[:80]}, {other.label} has {theirs[:80]} ({other.path})"
+    repair = f" If it is one base, write the same {BASE_PATH} into both {CONFIG_FILE}." if what == BASE_PATH else ""
+    return ModelError(f"{first.label} and {other.label} can't be merged: another {what}: {shown}.{repair}")
 
 
 def check_saved_modules(adapters: Sequence[PeftFolder]) -> None:

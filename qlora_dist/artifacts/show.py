@@ -14,7 +14,17 @@ from rich.tree import Tree
 from qlora_dist.artifacts.store import MANIFEST, Manifest, Store
 from qlora_dist.errors import ArtifactError, QloraDistError
 
-SHOWN_FACTS = ("num_records", "num_rows", "tokens", "num_steps", "validation_loss", "method", "weights", "chosen")
+SHOWN_FACTS = (
+    "num_records",
+    "num_rows",
+    "tokens",
+    "num_steps",
+    "validation_loss",
+    "method",
+    "weights",
+    "parts",
+    "chosen",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,9 +78,16 @@ def _grow(parent: Tree, store: Store, artifact_id: str, *, seen: set[str], verif
 
 def _describe(manifest: Manifest) -> str:
     size = sum(entry["bytes"] for entry in manifest.files.values())
-    facts = ", ".join(f"{name} {_short(manifest.facts[name])}" for name in SHOWN_FACTS if name in manifest.facts)
+    told = manifest.facts | _shares(manifest.facts)
+    facts = ", ".join(f"{name} {_short(told[name])}" for name in SHOWN_FACTS if name in told)
     made = f"{manifest.made.get('time', '')} in {manifest.seconds:g} s, {size / 1e6:.1f} MB"
     return f"[bold]{manifest.id}[/bold] {facts} [dim]{made}[/dim]"
+
+
+def _shares(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parts of a merge with what each counted."""
+    parts = [part for part in facts.get("parts", []) if "weight" in part]
+    return {"parts": {part["label"]: part["weight"] for part in parts}} if parts else {}
 
 
 def _short(value: Any) -> str:

@@ -52,7 +52,7 @@ def export(arguments: argparse.Namespace) -> Facts:
             gains = _write(arguments, weights, partial, dtype)
             facts |= gain_facts(gains)
             if not arguments.no_check and arguments.to != "gguf-lora":
-                facts["drift"] = _check(arguments, base, adapter.path, partial, dtype)
+                facts |= _check(arguments, base, adapter, partial, dtype)
             if arguments.to == "hf":
                 write_json(partial / EXPORT_FILE, facts)
     return facts
@@ -119,13 +119,18 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check(arguments: argparse.Namespace, base: Path, adapter: Path, out: Path, dtype: str) -> Facts:
+def _check(arguments: argparse.Namespace, base: Path, adapter: PeftFolder, out: Path, dtype: str) -> Facts:
+    """Returns how far the export is from base + adapter; and if training saw 4 bits, from the other base + adapter."""
     no_progress_bars()
-    tokens_1T = check.probe_tokens(base)
-    alone_TV, adapted_TV = check.reference_logits(base, adapter, tokens_1T, arguments.base_as == "nf4")
-    found = check.drift(alone_TV, adapted_TV, check.exported_logits(out, base, tokens_1T))
+    tokens_1T, as_nf4 = check.probe_tokens(base), arguments.base_as == "nf4"
+    exported_TV = check.exported_logits(out, base, tokens_1T)
+    found = check.drift(*check.reference_logits(base, adapter.path, tokens_1T, as_nf4), exported_TV)
     check.refuse_drift(found, dtype, Path(arguments.out))
-    return asdict(found) | {"share": found.error / found.effect if found.effect else 0.0}
+    facts: Facts = {"drift": asdict(found) | {"share": found.error / found.effect if found.effect else 0.0}}
+    if as_nf4 or (adapter.provenance is not None and adapter.provenance.quantization == "nf4"):
+        other = check.drift(*check.reference_logits(base, adapter.path, tokens_1T, not as_nf4), exported_TV)
+        facts["other_base"] = {"base_as": "original" if as_nf4 else "nf4", **asdict(other)}
+    return facts
 
 
 def gain_facts(gains: Mapping[str, Gain]) -> Facts:
@@ -158,6 +163,12 @@ def show(facts: Facts) -> None:
         console.print(
             f"check: logits {drift['error']:.2%} from base + adapter (the base alone: {drift['effect']:.2%}),"
             f" KL {drift['kl']:.2g} nats, same greedy token {drift['greedy_agreement']:.1%}"
+        )
+    if "other_base" in facts:
+        other = facts["other_base"]
+        console.print(
+            f"the other base: logits {other['error']:.2%} from --base-as {other['base_as']} + adapter,"
+            f" KL {other['kl']:.2g} nats (4-bit training saw nf4)"
         )
     if facts.get("gain", 1.0) < LOW_GAIN or facts.get("drift", {}).get("share", 0.0) > 1 - LOW_GAIN:
         repair = "export with --dtype f32, or ship the adapter unmerged"

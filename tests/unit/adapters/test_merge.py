@@ -139,7 +139,11 @@ def test_an_adapter_that_does_not_fit_is_refused_with_the_difference(make_adapte
 
 def test_foreign_adapters_of_another_base_are_refused_by_its_name(make_adapter, tmp_path):
     folders = {"a": make_adapter("a"), "b": make_adapter("b", base_model_name_or_path="/models/other")}
-    with pytest.raises(ModelError, match=r"another base path: a has /models/base, b has /models/other"):
+    found = r"another base_model_name_or_path: a has /models/base, b has /models/other .*write the same"
+    with pytest.raises(ModelError, match=found):
+        merge_adapters(MergedConfig(), folders, tmp_path)
+    folders["a"] = make_adapter("ours", known=provenance())
+    with pytest.raises(ModelError, match=found):
         merge_adapters(MergedConfig(), folders, tmp_path)
 
 

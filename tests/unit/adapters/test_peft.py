@@ -10,6 +10,7 @@ import torch
 from qlora_dist.adapters.merge import merge_adapters
 from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
 from qlora_dist.config.stages import MergedConfig
+from qlora_dist.errors import ModelError
 from qlora_dist.model.peft_folder import PeftFolder
 
 peft = pytest.importorskip("peft")
@@ -19,10 +20,10 @@ WIDTH = 96
 class TwoLayers(torch.nn.Module):
     """A base that PEFT can adapt without a download."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool = False) -> None:
         super().__init__()
-        self.first = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-        self.second = torch.nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.first = torch.nn.Linear(WIDTH, WIDTH, bias=bias)
+        self.second = torch.nn.Linear(WIDTH, 2 * WIDTH, bias=bias)
 
     def forward(self, x_BI: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x_BI))
@@ -31,12 +32,11 @@ class TwoLayers(torch.nn.Module):
 def peft_model(num_adapters: int, tmp_path: Path, **fields: object) -> tuple[peft.PeftModel, dict[str, Path]]:
     """Returns a PEFT model with independent random adapters, and their saved folders."""
     torch.manual_seed(0)
-    ranks = fields.pop("ranks", [8] * num_adapters)
-    model = None
+    ranks, base, model = fields.pop("ranks", [8] * num_adapters), fields.pop("base", None), None
     for i, rank in enumerate(ranks):
         config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["first", "second"], **fields)
         if model is None:
-            model = peft.PeftModel(TwoLayers(), config, adapter_name="0")
+            model = peft.PeftModel(base or TwoLayers(), config, adapter_name="0")
         else:
             model.add_adapter(str(i), config)
     for name, values in model.named_parameters():
@@ -101,6 +101,43 @@ def test_peft_scales_merges_of_rslora_wrongly_and_ours_does_not(tmp_path, kind):
     too_large = {name: 4 * update for name, update in wanted.items()}  # √16: its config keeps use_rslora
     assert error(updates_of(model, "merged"), too_large) < 1e-4
     assert error(ours(folders, weights, tmp_path / "out"), wanted) < 1e-6
+
+
+def test_peft_merges_dora_in_silence_and_wrongly_and_ours_refuses_it_by_name(tmp_path):
+    model, folders = peft_model(2, tmp_path, use_dora=True)
+    for name, values in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            values.data.mul_(1.5)
+    model.save_pretrained(str(tmp_path / "parts"))
+    x_BI, parts = torch.randn(8, WIDTH), []
+    with torch.no_grad():
+        for adapter in folders:
+            model.set_adapter(adapter)
+            parts.append(model(x_BI))
+        model.add_weighted_adapter(list(folders), [0.0, 1.0], "merged", combination_type="cat")
+        model.set_adapter("merged")
+        found = model(x_BI)
+    assert (found - parts[1]).norm() > 0.1 * parts[1].norm(), "one adapter alone, weighted 1, is another one afterwards"
+    with pytest.raises(ModelError, match="use_dora=True: the adapter has DoRA"):
+        ours(folders, [0.0, 1.0], tmp_path / "out")
+
+
+def test_peft_loses_biases_in_silence_and_ours_refuses_them_by_name(tmp_path):
+    model, folders = peft_model(2, tmp_path, base=TwoLayers(bias=True), lora_bias=True)
+    for name, values in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            values.data.add_(1.0)
+    model.save_pretrained(str(tmp_path / "parts"))
+    x_BI = torch.randn(8, WIDTH)
+    with torch.no_grad():
+        model.set_adapter("1")
+        wanted = model(x_BI)
+        model.add_weighted_adapter(list(folders), [0.0, 1.0], "merged", combination_type="cat")
+        model.set_adapter("merged")
+        found = model(x_BI)
+    assert (found - wanted).norm() > 0.05 * wanted.norm()
+    with pytest.raises(ModelError, match="lora_bias=True: the adapter has a bias on lora_B"):
+        ours(folders, [0.0, 1.0], tmp_path / "out")
 
 
 def test_pefts_linear_refuses_unequal_ranks_and_ours_sums_them(tmp_path):

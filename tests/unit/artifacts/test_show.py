@@ -21,13 +21,14 @@ def merged(tmp_path: Path) -> Path:
     store = Store(tmp_path)
     base = make(store, "base", "tiny")
     parts = {f"legal-{i}": make(store, "adapter", f"legal-{i}", {"base": base}) for i in range(2)}
-    return store.folder(make(store, "merged", "all", parts, weights={"legal-0": 0.25, "legal-1": 0.75}))
+    told = [{"label": "legal-0", "weight": 0.25, "norm": 1.0}, {"label": "legal-1", "weight": 0.75, "norm": 2.0}]
+    return store.folder(make(store, "merged", "all", parts, weights="tokens", parts=told))
 
 
 def test_the_ancestry_is_a_tree_in_which_shared_ancestors_are_unfolded_once(merged: Path, capsys):
     assert main([str(merged)]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0].startswith("merged/all-abc weights {legal-0: 0.25, legal-1: 0.75}")
+    assert lines[0].startswith("merged/all-abc weights tokens, parts {legal-0: 0.25, legal-1: 0.75}")
     assert [line.split()[1] for line in lines[1:] if "abc" in line][:1] == ["adapter/legal-0-abc"]
     assert sum("base/tiny-abc" in line for line in lines) == 2
     assert sum("(above)" in line for line in lines) == 1

@@ -30,6 +30,15 @@ def tensors(folder):
     return {name: values for file in sorted(folder.glob("*.safetensors")) for name, values in load_file(file).items()}
 
 
+def known_of(base):
+    """Returns what a training on this base would have written."""
+    digest = folder_digest(base, ["config.json", *find_weights(base).files])
+    return Provenance(
+        base_path="/models/theirs", base_revision="", base_digest=digest, tokenizer_digest="t",
+        quantization="nf4", dtype="bfloat16", trained_tokens=1,
+    )  # fmt: skip
+
+
 def merged_by_peft(base, adapter):
     import peft
     import transformers
@@ -93,6 +102,26 @@ def test_the_nf4_base_is_what_four_bit_training_saw(llama, tmp_path):
             assert (found[f"{module}.weight"].double() - wanted).norm() <= 1e-6 * wanted.norm()
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(found[name], was[name])
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert facts["other_base"]["base_as"] == "original"
+    assert facts["other_base"]["error"] > 10 * facts["drift"]["error"]
+
+
+def test_both_bases_are_measured_where_four_bit_training_saw_the_other_one(llama, tmp_path, capsys):
+    base, adapter = llama
+    shutil.copytree(adapter, tmp_path / "adapter")
+    write_provenance(tmp_path / "adapter", known_of(base))
+    told = {}
+    for base_as in ("original", "nf4"):
+        out = tmp_path / base_as
+        assert run(base, tmp_path / "adapter", out, "--dtype", "f32", "--base-as", base_as) == 0
+        told[base_as] = json.loads((out / "export.json").read_text())
+        assert told[base_as]["drift"]["error"] < 1e-3
+    assert [told[b]["other_base"]["base_as"] for b in told] == ["nf4", "original"]
+    apart = [told[b]["other_base"]["error"] for b in told]
+    assert min(apart) > 1e-2
+    assert apart[0] == pytest.approx(apart[1], rel=0.5), "as far from each other either way"
+    assert "from --base-as nf4 + adapter" in capsys.readouterr().out
 
 
 def test_nf4_equals_what_transformers_loads_in_four_bits(llama):
@@ -156,11 +185,7 @@ def test_a_four_bit_base_is_refused(llama, tmp_path, capsys):
 def test_an_adapter_of_another_base_is_refused_by_its_digest(llama, tmp_path, capsys):
     base, adapter = llama
     shutil.copytree(adapter, tmp_path / "adapter")
-    digest = folder_digest(base, ["config.json", *find_weights(base).files])
-    known = Provenance(
-        base_path="/models/theirs", base_revision="", base_digest=digest, tokenizer_digest="t",
-        quantization="nf4", dtype="bfloat16", trained_tokens=1,
-    )  # fmt: skip
+    known = known_of(base)
     write_provenance(tmp_path / "adapter", known)
     assert run(base, tmp_path / "adapter", tmp_path / "right", "--no-check") == 0
     write_provenance(tmp_path / "adapter", replace(known, base_digest="0" * 64))
