@@ -15,6 +15,7 @@ from qlora_dist.model.adapter import save_adapter, write_provenance
 from qlora_dist.model.lora import num_trainable
 from qlora_dist.model.weights import TOKENIZER_FILES
 from qlora_dist.runtime import Facts, JsonlSink, clear, quiet_libraries, sinks
+from qlora_dist.train.certificate import Certificate
 from qlora_dist.train.training import Training, provenance, training_facts
 
 if TYPE_CHECKING:
@@ -53,12 +54,14 @@ def _train_single(training: Training) -> Facts:
 
     clear(training.out)
     started = time.monotonic()
+    certificate = Certificate()
     with sinks(JsonlSink(training.out / METRICS_FILE)):
-        model = train_with_trainer(training)
+        model = train_with_trainer(training, certificate)
     facts: Facts = {"num_trainable": num_trainable(model)}
     if training.held_out is not None:
         facts["validation_loss"] = mean_loss(model, training.held_out, training.config.train.micro_batch_tokens)
-    save(training, model)
+    save(training, model, certificate)
+    facts["certificate"] = certificate.table()
     write_provenance(training.out, provenance(training, facts.get("validation_loss")))
     return facts | training_facts(training, time.monotonic() - started, training.budget.num_steps)
 
@@ -72,13 +75,17 @@ def _train_lane(training: Training, meeting: Meeting | None) -> Facts:
     return made
 
 
-def save(training: Training, model: Any) -> None:
-    """Writes the adapter, or for `train.method=full` the whole model and its tokenizer."""
+def save(training: Training, model: Any, certificate: Certificate) -> None:
+    """Writes the adapter and checks it, or for `train.method=full` the whole model and its tokenizer."""
     import torch
+    from peft import get_peft_model_state_dict
+
+    from qlora_dist.train.adapter_file import check_saved
 
     base, out = training.base, training.out
     if training.config.train.method is Method.lora:
         save_adapter(model, out, base)
+        check_saved(certificate, get_peft_model_state_dict(model), training.config.lora.lora_rank, out)
         return
     model.to(getattr(torch, base.dtype)).save_pretrained(str(out))
     for name in (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):

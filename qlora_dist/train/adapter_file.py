@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,18 +28,17 @@ def save_lane(lane: Lane, folder: Path, base: Base) -> None:
     settle_adapter_config(folder / config_file, base)
 
 
-def check_saved(certificate: Certificate, lane: Lane, folder: Path) -> None:
-    """Reads the folder again, as PEFT would, and compares it with the live weights."""
+def check_saved(certificate: Certificate, live: Mapping[str, torch.Tensor], lora_rank: int, folder: Path) -> None:
+    """Reads the folder again, as PEFT would, and compares it with the live weights, by PEFT's names."""
     from peft import PeftConfig
     from peft.utils.save_and_load import load_peft_weights
 
     saved = load_peft_weights(str(folder), device="cpu")
     config = PeftConfig.from_pretrained(str(folder))
-    live = {name: value.cpu() for name, value in lane.state().items()}
-    same = saved.keys() == live.keys() and all(torch.equal(saved[name], live[name]) for name in live)
+    same = saved.keys() == live.keys() and all(torch.equal(saved[name], live[name].cpu()) for name in live)
     certificate.require(
         "the saved adapter is the trained one",
-        same and bool(saved) and config.r == lane.lora.lora_rank,
+        same and bool(saved) and config.r == lora_rank,
         f"{len(saved)} of {len(live)} tensors, {sum(v.numel() for v in saved.values()):,} values, read back",
         "Look at the disk, and run again: the training continues from its checkpoint.",
     )

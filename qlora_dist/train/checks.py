@@ -1,18 +1,22 @@
-"""The checks of a training: of the base and the rows before it, of the first steps, of what it leaves.
+"""The checks of the base and of the rows, before the first step.
 
 B rows, T slots. Checks that compute on the model run on every rank alike: a sharded base needs all of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qlora_dist.config.model import ModelConfig, Quantization
 from qlora_dist.data.rows import Rows
+from qlora_dist.errors import TrainError
 from qlora_dist.model.frozen import frozen_linears
 from qlora_dist.train.batches import IGNORED, tensors
 from qlora_dist.train.certificate import Certificate
@@ -24,7 +28,13 @@ from qlora_dist.train.strategies import Strategy
 
 def check_base(certificate: Certificate, model: LaneModel, config: ModelConfig) -> None:
     """Checks dtypes and storage of the base, before it is sharded."""
-    wanted = getattr(torch, config.compute_dtype.name)
+    check_dtypes(certificate, model, getattr(torch, config.compute_dtype.name))
+    layers = [layer for _, layer in frozen_linears(model)]
+    check_storage(certificate, sum(layer.is_4bit for layer in layers), len(layers), config)
+
+
+def check_dtypes(certificate: Certificate, model: nn.Module, wanted: torch.dtype) -> None:
+    """Checks that all of the base has one dtype, and what is trained float32."""
     frozen = Counter(str(p.dtype) for p in model.parameters() if not p.requires_grad)
     trained = Counter(str(p.dtype) for p in model.parameters() if p.requires_grad)
     certificate.require(
@@ -33,12 +43,14 @@ def check_base(certificate: Certificate, model: LaneModel, config: ModelConfig) 
         f"base {_census(frozen)}; adapters {_census(trained)}",
         "Don't upcast parts of the base (prepare_model_for_kbit_training does), and store 4 bits in the compute dtype.",
     )
-    layers = [layer for _, layer in frozen_linears(model)]
-    four_bit = sum(layer.is_4bit for layer in layers)
+
+
+def check_storage(certificate: Certificate, four_bit: int, num_layers: int, config: ModelConfig) -> None:
+    """Checks that the adapted layers are in 4 bits, all or none, as the config says."""
     certificate.require(
         "the base is stored as asked",
-        four_bit == (len(layers) if config.quantization is Quantization.nf4 else 0),
-        f"{four_bit} of {len(layers)} adapted layers in 4 bits, model.quantization={config.quantization.name}",
+        four_bit == (num_layers if config.quantization is Quantization.nf4 else 0),
+        f"{four_bit} of {num_layers} adapted layers in 4 bits, model.quantization={config.quantization.name}",
         "Load the base with its quantization config.",
     )
 
@@ -57,9 +69,9 @@ def check_placement(certificate: Certificate, model: LaneModel, strategy: Strate
     )
 
 
-def check_rows(certificate: Certificate, lane: Lane) -> None:
-    """Checks that a lane has something to learn, the end of a record included."""
-    trained_BT, rows = np.asarray(lane.rows.trained_BT), lane.rows
+def check_rows(certificate: Certificate, rows: Rows) -> None:
+    """Checks that there is something to learn, the end of a record included."""
+    trained_BT = np.asarray(rows.trained_BT)
     share = float(trained_BT.mean())
     certificate.require(
         "tokens are trained",
@@ -80,6 +92,7 @@ def check_loss(certificate: Certificate, stepper: Stepper, lane: Lane) -> None:
     """Checks the loss in chunks against the model's own whole logits, on a real row."""
     batch = {n: v.to(stepper.strategy.device) for n, v in tensors(lane.rows, np.array([0])).items()}
     ours, whole = (float(_forward(stepper, batch, whole_logits=whole)) for whole in (False, True))
+    _refuse_lost_base(whole)
     tolerance = 1e-4 if next(stepper.model.parameters()).dtype == torch.float32 else 2e-2
     certificate.require(
         "the loss is the model's own",
@@ -89,28 +102,44 @@ def check_loss(certificate: Certificate, stepper: Stepper, lane: Lane) -> None:
     )
 
 
-def check_no_leak(certificate: Certificate, stepper: Stepper, lane: Lane) -> None:
+Probe = Callable[[dict[str, torch.Tensor]], float]
+"""Returns the base's summed loss of a batch."""
+
+
+def probe_of(stepper: Stepper) -> Probe:
+    """Returns the engine's own probe: the loop's forward, adapters and dropout out of the way."""
+    return lambda batch: float(_forward(stepper, batch))
+
+
+def check_no_leak(certificate: Certificate, rows: Rows, device: torch.device, probe: Probe) -> None:
     """Changes one segment of a real row and looks whether the loss of another one moves."""
-    row = _row_of_two(lane.rows)
+    row = _row_of_two(rows)
     name = "no attention between segments"
     if row is None:
         certificate.require(name, True, "no row has two segments that are trained", "")
         return
-    first, second = lane.rows.segments_of(row)[:2]
-    batch = {n: v.to(stepper.strategy.device) for n, v in tensors(lane.rows, np.array([row])).items()}
+    first, second = rows.segments_of(row)[:2]
+    batch = {n: v.to(device) for n, v in tensors(rows, np.array([row])).items()}
     start, length = int(second["start"]), int(second["length"])
     batch["labels"][:, :start] = IGNORED
     batch["labels"][:, start + length :] = IGNORED
-    before = float(_forward(stepper, batch))
+    before = probe(batch)
+    _refuse_lost_base(before)
     other = _with_changed(batch, int(first["start"]), int(first["length"]))
     own = _with_changed(batch, start, max(1, length - 1))
-    leak, moved = (abs(float(_forward(stepper, b)) - before) for b in (other, own))
+    leak, moved = (abs(probe(b) - before) for b in (other, own))
     certificate.require(
         name,
         leak <= 1e-3 * max(1.0, abs(before)) and moved > leak,
         f"loss {before:.5g} moves by {leak:.2g} with the other segment, by {moved:.2g} with its own",
         "Use an attention that keeps packed segments apart: model.attention=sdpa.",
     )
+
+
+def _refuse_lost_base(loss: float) -> None:
+    if not math.isfinite(loss):
+        repair = "Its weights overflow: look at the model's files, or set model.compute_dtype=bfloat16"
+        raise TrainError(f"Step 0: loss is {loss} of the base alone, on a real row. {repair}.")
 
 
 def _row_of_two(rows: Rows) -> int | None:
@@ -140,31 +169,6 @@ def _forward(stepper: Stepper, batch: dict[str, torch.Tensor], whole_logits: boo
     return nll_B.sum()
 
 
-class Watch:
-    """Watches one of a lane's first two steps: each tensor has a gradient and moves.
-
-    At the first step of all, B is zero, so A has no gradient yet: it must move at the second.
-    """
-
-    def __init__(self, lane: Lane, is_first: bool) -> None:
-        self._lane, self._wanted = lane, ".lora_B." if is_first else ".lora_"
-        self._before = {name: p.detach().clone() for name, p in lane.parameters.items()}
-
-    def check(self, certificate: Certificate) -> None:
-        """Notes whether the tensors that must have moved did."""
-        named = {n: p for n, p in self._lane.parameters.items() if self._wanted in n and p.grad is not None}
-        still = [n for n, p in named.items() if torch.equal(p, self._before[n])]
-        dead = [n for n, p in named.items() if not bool(p.grad.any())]  # type: ignore[union-attr]
-        bad = sorted({*still, *dead})
-        certificate.require(
-            "every tensor learns",
-            not bad and bool(named),
-            f"{len(named) - len(bad)} of {len(named)} tensors have a gradient and moved"
-            + (f"; not {', '.join(bad[:3])}" if bad else ""),
-            "Gradients don't reach the adapters: use non-reentrant activation checkpointing, freeze no adapter.",
-        )
-
-
 def _is_divided(parameter: torch.Tensor) -> bool:
     """Says whether FSDP or ZeRO-3 has divided a parameter over the ranks."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
@@ -178,7 +182,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
     return part
 
 
-def base_fingerprint(model: LaneModel) -> list[int]:
+def base_fingerprint(model: nn.Module) -> list[int]:
     """Returns two checksums of this rank's bytes of the base, computed where they lie."""
     plain, placed = 0, 0
     for parameter in model.parameters():
@@ -190,6 +194,16 @@ def base_fingerprint(model: LaneModel) -> list[int]:
             plain += int(part.sum())
             placed = (placed * 31 + int((part * torch.arange(1, part.numel() + 1, device=part.device)).sum())) % (2**61)
     return [plain, placed]
+
+
+def check_unchanged(certificate: Certificate, before: list[int], after: list[int]) -> None:
+    """Checks that the base holds the bytes that it held before the first step, by their checksums."""
+    certificate.require(
+        "the base is unchanged",
+        before == after,
+        f"checksum {after[1]:x} of this rank's part, {before[1]:x} before",
+        "Something wrote to frozen weights: run again, and report it.",
+    )
 
 
 def _census(found: Counter[str]) -> str:

@@ -28,6 +28,8 @@ class Course:
     lane: Lane
     folder: Path
     recipe: dict[str, Any] = field(default_factory=dict)
+    config: Any = None
+    """The config of its training, watched for keys that nothing reads; None where there is none."""
     held_out: Rows | None = None
     told_as: str = ""
     """The name under which its metrics are logged; "" where it is the only lane."""

@@ -21,8 +21,11 @@ from qlora_dist.train.checks import (
     check_no_leak,
     check_placement,
     check_rows,
+    check_unchanged,
+    probe_of,
 )
 from qlora_dist.train.course import Course
+from qlora_dist.train.first_steps import check_apart
 from qlora_dist.train.lanes import Lane, attach_lanes
 from qlora_dist.train.loss import LaneModel
 from qlora_dist.train.memory import free_memory_bytes
@@ -93,29 +96,26 @@ class Engine:
         """Makes the checks that come before the first step; a lane that doesn't pass its own ends alone."""
         check_placement(self.certificate, self.stepper.model, self.stepper.strategy, self.whole_bytes)
         seen: dict[int, list[Check]] = {}
+        device = self.stepper.strategy.device
         for course in courses:
             try:
-                check_rows(course.certificate, course.lane)
+                check_rows(course.certificate, course.lane.rows)
                 if id(course.lane.rows) not in seen:
                     known = len(course.certificate.checks)
                     check_loss(course.certificate, self.stepper, course.lane)
-                    check_no_leak(course.certificate, self.stepper, course.lane)
+                    check_no_leak(course.certificate, course.lane.rows, device, probe_of(self.stepper))
                     seen[id(course.lane.rows)] = course.certificate.checks[known:]
                 else:  # lanes that share their rows share what was found on them
                     course.certificate.checks += seen[id(course.lane.rows)]
             except TrainError as error:
                 course.fail(error)
+        numbers = {id(lane): k for k, lane in enumerate(self.stepper.lanes)}
+        check_apart(self.certificate, self.stepper, [numbers[id(c.lane)] for c in courses if c.error is None])
         self.fingerprint = base_fingerprint(self.stepper.model)
 
     def check_unchanged(self) -> None:
         """Checks that the base holds the bytes that it held before the first step."""
-        after, before = base_fingerprint(self.stepper.model), self.fingerprint
-        self.certificate.require(
-            "the base is unchanged",
-            before == after,
-            f"checksum {after[1]:x} of this rank's part, {before[1]:x} before",
-            "Something wrote to frozen weights: run again, and report it.",
-        )
+        check_unchanged(self.certificate, self.fingerprint, base_fingerprint(self.stepper.model))
 
     def check_same(self, course: Course) -> None:
         """Checks that all ranks have the same adapter."""

@@ -5,7 +5,6 @@ BitsAndBytesConfig, LoraConfig, get_peft_model and transformers.Trainer, on pack
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -15,19 +14,22 @@ from qlora_dist.config.model import Dtype
 from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Method, TrainConfig
 from qlora_dist.data.rows import Rows
-from qlora_dist.errors import TrainError, bad_value
+from qlora_dist.errors import bad_value
 from qlora_dist.model.base import load_model
 from qlora_dist.model.lora import attach_lora
 from qlora_dist.runtime import Progress, device, log_metrics, set_seed
 from qlora_dist.train.batches import tensors
 from qlora_dist.train.budget import Budget
+from qlora_dist.train.certificate import Certificate
+from qlora_dist.train.examination import Examination
+from qlora_dist.train.first_steps import check_finite
 from qlora_dist.train.training import Training
 
 LOGGED: tuple[str, ...] = ("loss", "learning_rate", "grad_norm")
 
 
-def train_with_trainer(training: Training) -> Any:
-    """Returns the trained model: a PEFT model, or the whole base for `train.method=full`.
+def train_with_trainer(training: Training, certificate: Certificate) -> Any:
+    """Returns the trained model, a PEFT model or for `train.method=full` the whole base, and notes what was checked.
 
     The same config, rows and seed give the same weights to the bit on one CPU with one number of threads.
 
@@ -44,16 +46,19 @@ def train_with_trainer(training: Training) -> Any:
         model = load_model(base, config.model, dtype=torch.float32, quantized=False)
     else:
         model = attach_lora(load_model(base, config.model), config.lora)
+    examination = Examination(certificate, training, model)
+    examination.before()
     with tempfile.TemporaryDirectory() as unused:
         trainer = Trainer(
             model=model,
             args=training_arguments(config, budget, Path(unused)),
             train_dataset=OrderedRows(training.rows, budget),
             optimizers=optimizer_and_schedule(model, config.train, budget),
-            callbacks=[metrics_callback(config, budget)],
+            callbacks=[metrics_callback(config, budget, certificate), examination.callback()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    examination.after()
     return model
 
 
@@ -117,7 +122,7 @@ class OrderedRows:
         return {name: value[0] for name, value in tensors(self._rows, self._order[[index]]).items()}
 
 
-def metrics_callback(config: AdapterConfig, budget: Budget) -> Any:
+def metrics_callback(config: AdapterConfig, budget: Budget, certificate: Certificate) -> Any:
     """Returns a callback that sends the Trainer's logs to this project's sinks, and stops at a loss of no value."""
     from transformers import TrainerCallback
 
@@ -134,7 +139,7 @@ def metrics_callback(config: AdapterConfig, budget: Budget) -> Any:
                 return
             step = state.global_step
             values = {name: float(logs[name]) for name in LOGGED if name in logs}
-            check_finite(step, values)
+            check_finite(certificate, step, values)
             elapsed = max(time.monotonic() - self.started, 1e-9)
             values["tokens_per_s"] = step * config.train.tokens_per_step / elapsed
             self.progress.update(step, **values)
@@ -142,15 +147,3 @@ def metrics_callback(config: AdapterConfig, budget: Budget) -> Any:
                 log_metrics(step, values)
 
     return Metrics()
-
-
-def check_finite(step: int, values: dict[str, float]) -> None:
-    """Refuses to go on from a step whose loss or gradient norm is infinite or no number.
-
-    Raises:
-        TrainError: naming the step and the value.
-    """
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values.get(name, 0.0)):
-            repair = "Lower train.learning_rate, raise train.warmup_share, or set model.compute_dtype=bfloat16"
-            raise TrainError(f"Step {step}: {name} is {values[name]}, so the weights are lost. {repair}.")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config.fields import identity
 from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Method
 from qlora_dist.errors import QloraDistError, TrainError, bad_value
@@ -66,7 +65,7 @@ def train_adapters(
             trainings[label] = Training.open(config, inputs[label], outs[label])
         except QloraDistError as error:
             made[label] = error
-    check_group({label: training.config for label, training in trainings.items()})
+    check_group({label: configs[label] for label in trainings})
     if trainings:
         made |= train_lanes(trainings)
     return {label: made[label] for label in configs}
@@ -130,14 +129,14 @@ def recipe_of(training: Training) -> dict[str, Any]:
     """Returns what a checkpoint must share with the training that continues it: all but how and where it runs."""
     rows = training.rows
     shape = [rows.num_rows, rows.row_tokens, int(rows.trained_BT.sum())]
-    return {"config": identity(training.config), "base": training.base.digest, "rows": shape}
+    return {"config": training.identity, "base": training.base.digest, "rows": shape}
 
 
 def course_of(label: str, training: Training, recipe: dict[str, Any], told_as: str) -> Course:
     """Returns the way of a training's lane, at its beginning."""
     config = training.config
     lane = Lane(label, config.lora, config.train, config.seed, training.rows, training.budget)
-    return Course(lane, training.out, recipe, training.held_out, told_as, certificate=Certificate(told_as))
+    return Course(lane, training.out, recipe, config, training.held_out, told_as, certificate=Certificate(told_as))
 
 
 @dataclass(slots=True)
@@ -211,7 +210,7 @@ class Job:
         facts["lanes"] = len(self.courses)
         if rank() == 0:
             save_lane(course.lane, course.folder, training.base)
-            check_saved(course.certificate, course.lane, course.folder)
+            check_saved(course.certificate, course.lane.state(), course.lane.lora.lora_rank, course.folder)
             write_provenance(course.folder, provenance(training, facts.get("validation_loss")))
         facts["certificate"] = engine.certificate.table() + course.certificate.table()
         if rank() == 0:

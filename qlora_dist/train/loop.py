@@ -16,9 +16,8 @@ import torch
 from qlora_dist.errors import Preempted, TrainError
 from qlora_dist.runtime import Progress, log, log_metrics
 from qlora_dist.train.checkpoint import Checkpoint, lane_state, restore
-from qlora_dist.train.checks import Watch
 from qlora_dist.train.course import Course, where_to_continue
-from qlora_dist.train.huggingface import check_finite
+from qlora_dist.train.first_steps import Watch, check_finite, check_order, check_read, rows_digest
 from qlora_dist.train.memory import peak_memory_bytes
 from qlora_dist.train.processes import naming_who_is_missing, same_on_all_ranks
 from qlora_dist.train.step import Stepper, StepResult
@@ -101,16 +100,19 @@ class Loop:
 
     def take_round(self, running: dict[int, Course], progress: Progress) -> None:
         """Takes one step of every running lane, checks and logs it."""
-        watches = {k: Watch(c.lane, c.step == 0) for k, c in running.items() if c.step < c.first_step + 2}
+        watches = {k: Watch(c.lane.parameters, c.step == 0) for k, c in running.items() if c.step < c.first_step + 2}
         with naming_who_is_missing(self.round):
             results = self.stepper.take({k: c.step for k, c in running.items()}, self.round)
         self.round += 1
         for k, course in running.items():
             course.step += 1
             try:
-                check_finite(course.step, {"loss": results[k].loss, "grad_norm": results[k].grad_norm})
+                found = {"loss": results[k].loss, "grad_norm": results[k].grad_norm}
+                check_finite(course.certificate, course.step, found)
                 if k in watches:
                     watches[k].check(course.certificate)
+                if course.config is not None and course.step == course.first_step + 1:
+                    check_read(course.certificate, course.config, not course.told_as)
             except TrainError as error:
                 course.fail(error)
         self._tell(running, results, progress)
@@ -125,15 +127,31 @@ class Loop:
                 if checkpoint is not None:
                     restore(course.lane, checkpoint.tensors())
                     log.info("%s continues after step %d", course.lane.name, checkpoint.step)
-        places = [[c.step, c.round if c.group == self.group else 0] if c else [0, 0] for c in found]
-        places_K2 = torch.tensor(places, device=strategy.device)
-        strategy.broadcast([places_K2, *(v for c in self.courses for v in lane_state(c.lane).values())])
-        for course, (step, _) in zip(self.courses, places_K2.tolist(), strict=True):
+        places = [
+            [c.step, c.round if c.group == self.group else 0, c.rows] if c else [0, 0, rows_digest(course.lane, 0)]
+            for course, c in zip(self.courses, found, strict=True)
+        ]
+        places_K3 = torch.tensor(places, device=strategy.device)
+        strategy.broadcast([places_K3, *(v for c in self.courses for v in lane_state(c.lane).values())])
+        for course, (step, _, _) in zip(self.courses, places_K3.tolist(), strict=True):
             course.step = course.first_step = step
             if strategy.rank == 0:
                 keep_metrics(course.metrics, step)
         strategy.scatter([c.lane for c in self.courses])
-        self.round = int(places_K2[:, 1].max())
+        self.round = int(places_K3[:, 1].max())
+        self._check_order(places_K3[:, 2].tolist())
+
+    def _check_order(self, kept: list[int]) -> None:
+        """Ends each lane whose next rows are not, on every rank, those that it was to go on with."""
+        strategy = self.stepper.strategy
+        own = [rows_digest(course.lane, course.step) for course in self.courses]
+        other_K = torch.tensor([float(a != b) for a, b in zip(kept, own, strict=True)], device=strategy.device)
+        strategy.sum_over_ranks([other_K])
+        for course, num_other, was, now in zip(self.courses, other_K.tolist(), kept, own, strict=True):
+            try:
+                check_order(course.certificate, was, now, int(num_other), strategy.world_size)
+            except TrainError as error:
+                course.fail(error)
 
     def _tell(self, running: dict[int, Course], results: dict[int, StepResult], progress: Progress) -> None:
         tokens = sum(c.lane.train.tokens_per_step for c in running.values())
@@ -162,7 +180,8 @@ class Loop:
         if must or stop or strategy.agree(self._clock.since_saved() >= self.checkpoint_every_s):
             with strategy.gathered([c.lane for c in kept]):
                 for c in kept if strategy.rank == 0 else ():
-                    c.checkpoints.save(c.step, lane_state(c.lane), round=self.round, group=self.group)
+                    next_rows = rows_digest(c.lane, c.step)
+                    c.checkpoints.save(c.step, lane_state(c.lane), round=self.round, group=self.group, rows=next_rows)
             self._clock.note_saved()
         if stop:
             with naming_who_is_missing(self.round):  # torchrun ends a node's processes once one of them has left

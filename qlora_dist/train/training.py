@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from qlora_dist.config.fields import identity
 from qlora_dist.config.model import Quantization
+from qlora_dist.config.reading import watched
 from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Method, check_step, check_supported
 from qlora_dist.data.rows import Rows
@@ -20,7 +23,7 @@ from qlora_dist.train.budget import Budget, plan_budget
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What one adapter is trained from, and where it goes."""
+    """What one adapter is trained from, and where it goes; `config` notes which of its keys are read."""
 
     config: AdapterConfig
     base: Base
@@ -29,6 +32,8 @@ class Training:
     budget: Budget
     tokenizer: Path
     out: Path
+    identity: dict[str, Any]
+    """What of the config is in the adapter's key."""
 
     @classmethod
     def open(cls, config: AdapterConfig, inputs: Mapping[str, Path], out: Path) -> Training:
@@ -39,11 +44,12 @@ class Training:
         """
         check_step(config.train, config.strategy.world_size)
         check_supported(config.train, config.strategy)
+        plain, config = config, watched(config)
         base, row_tokens = open_base(inputs["base"]), config.train.row_tokens
         rows = open_rows(inputs["rows"], base, row_tokens)
         held_out = open_rows(inputs["validation"], base, row_tokens) if "validation" in inputs else None
         budget = plan_budget(config.train, rows.num_rows, config.seed)
-        return cls(config, base, rows, held_out, budget, inputs["tokenizer"], out)
+        return cls(config, base, rows, held_out, budget, inputs["tokenizer"], out, identity(plain))
 
 
 def provenance(training: Training, validation_loss: float | None) -> Provenance:

@@ -5,6 +5,9 @@ The number in each case's name is the failure's row in the field's list (docs/fa
 
 import dataclasses
 import json
+import re
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +15,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.config.model import ModelConfig, Quantization
+from qlora_dist.config.reading import watched
+from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import StrategyConfig, StrategyName, TrainConfig, check_step, check_supported
-from qlora_dist.data.rows import Rows
-from qlora_dist.errors import QloraDistError
+from qlora_dist.data.rows import Rows, row_order
+from qlora_dist.data.templates import ChatTemplate
+from qlora_dist.errors import Preempted, QloraDistError
 from qlora_dist.model.adapter import Provenance, check_adapter, write_provenance
 from qlora_dist.model.base import describe_base, model_folder
-from qlora_dist.testing import save_rows, save_tiny_model
-from qlora_dist.train import adapter_file, checks, engine, loss, step
+from qlora_dist.testing import rank_environment, save_rows, save_tiny_model
+from qlora_dist.train import adapter_file, budget, checks, engine, loss, step
 from qlora_dist.train.adapter_file import check_saved, save_lane
 from qlora_dist.train.batches import open_rows
 from qlora_dist.train.certificate import Certificate
 from qlora_dist.train.checkpoint import Checkpoints, lane_state, restore
 from qlora_dist.train.course import Course
 from qlora_dist.train.engine import Engine
+from qlora_dist.train.lanes import Seating
 from qlora_dist.train.loop import Loop
+from qlora_dist.train.processes import joined
 from qlora_dist.train.strategies.ddp import ReplicatedBase
 
 FAULTS = {}
@@ -165,7 +173,7 @@ def empty_adapter_saved(bench):
     bench.patch.setattr(type(lane), "state", lambda self: {})
     save_lane(lane, bench.path, bench.base)
     bench.patch.undo()
-    check_saved(Certificate(), lane, bench.path)
+    check_saved(Certificate(), lane.state(), 4, bench.path)
 
 
 @fault(5, "the saved adapter is the trained one")
@@ -175,7 +183,7 @@ def adapter_saved_with_less_precision(bench):
     save_lane(lane, bench.path, bench.base)
     file = bench.path / "adapter_model.safetensors"
     save_file({n: v.bfloat16() for n, v in load_file(file).items()}, file, metadata={"format": "pt"})
-    check_saved(Certificate(), lane, bench.path)
+    check_saved(Certificate(), lane.state(), 4, bench.path)
 
 
 @fault(7, "differ in .* tensors")
@@ -305,7 +313,7 @@ def base_revision_not_pinned(bench):
     model_folder("owner/model", "main")
 
 
-@fault(10, "rows hold 32 tokens")
+@fault(25, "rows hold 32 tokens")
 def rows_of_another_length(bench):
     open_rows(save_rows(bench.path / "rows"), bench.base, 64)
 
@@ -313,6 +321,126 @@ def rows_of_another_length(bench):
 @fault(15, "own tokenizer")
 def rows_of_another_tokenizer(bench):
     open_rows(save_rows(bench.path / "rows", vocab_size=50_000), bench.base, 32)
+
+
+@fault(4, "from those of base")
+def scale_put_on_twice_by_a_merge(bench):
+    from qlora_dist.export import weights
+    from qlora_dist.export.__main__ import parser
+    from qlora_dist.export.run import export
+
+    lane = bench.lane(lora={"use_rslora": True, "lora_alpha": 64.0}, learning_rate=0.05, epochs=3)
+    bench.train(lane)
+    folder = bench.path / "adapter"
+    folder.mkdir()
+    save_lane(lane, folder, bench.base)
+    plain = weights.MergedWeights.update
+
+    def twice(self, name):
+        factors = plain(self, name)
+        return factors and dataclasses.replace(factors, B_OR=2 * factors.B_OR)
+
+    bench.patch.setattr(weights.MergedWeights, "update", twice)
+    words = [str(folder), "--base", bench.base.path, "--to", "hf", "--out", str(bench.path / "merged")]
+    export(parser().parse_args(words))
+
+
+@fault(8, "the saved adapter is the trained one")
+def base_gathered_into_the_adapter_file(bench):
+    lane = bench.lane()
+    built = bench.engine(lane)
+    own, base = lane.state(), built.stepper.model.model.state_dict()
+    bench.patch.setattr(type(lane), "state", lambda self: own | {n: v for n, v in base.items() if "norm" in n})
+    save_lane(lane, bench.path, bench.base)
+    bench.patch.undo()
+    check_saved(Certificate(), lane.state(), 4, bench.path)
+
+
+@fault(9, "rows come in the recipe's order")
+def rows_in_another_order_after_a_kill(bench):
+    stop_after_a_step(bench)
+    bench.patch.setattr(budget, "_order", lambda num_rows, seed, epoch: row_order(num_rows, seed + 1, epoch))
+    bench.train(bench.lane())
+
+
+@fault(9, "rows come in the recipe's order")
+def other_rows_under_the_same_name_after_a_kill(bench):
+    stop_after_a_step(bench)
+    bench.train(bench.lane(rows=Rows.open(save_rows(bench.path / "other", 24, seed=9))))
+
+
+def stop_after_a_step(bench):
+    engine, course = bench.examine(bench.lane())
+    engine.stepper.wants_stop = True
+    with pytest.raises(Preempted):
+        Loop(engine.stepper, [course], 600).run()
+
+
+@fault(13, "leaves out what the assistant says")
+def template_without_the_assistants_words(bench):
+    template = "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
+    ChatTemplate(template).closing  # noqa: B018 - the text that closes a turn is looked for in what it renders
+
+
+@fault(13, "prefix")
+def template_whose_beginning_changes_with_its_end(bench):
+    template = "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ChatTemplate(template).conversation(turns + turns)
+
+
+@fault(18, "did not find the others")
+def rank_that_still_tokenizes(bench):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in rank_environment(0, 2, port).items():
+        bench.patch.setenv(name, value)
+    with joined(2, timeout_s=1.5):
+        pass
+
+
+@fault(19, "processes were started")
+def rendezvous_of_another_size_than_the_config(bench):
+    bench.patch.setenv("WORLD_SIZE", "4")
+    with joined(2, timeout_s=1.5):
+        pass
+
+
+@fault(24, "each lane learns from its own rows alone")
+def lanes_that_multiply_each_others_factors(bench):
+    plain = Seating._run
+
+    def mixed(self, lanes):
+        run = plain(self, lanes)
+        group, _ = self.bank.group_of(lanes[0])
+        return dataclasses.replace(run, factors=group.factors(0, len(lanes)))
+
+    bench.patch.setattr(Seating, "_run", mixed)
+    lanes = [bench.lane("a"), bench.lane("b", seed=5)]
+    bench.engine(*lanes).examine([Course(lane, bench.path / lane.name) for lane in lanes])
+
+
+@fault(25, "no config key is left unread")
+def weight_decay_dropped_in_silence(bench):
+    def forgetful(lane):
+        lane.optimizer = torch.optim.AdamW([lane.values_P], betas=(lane.train.adam_beta1, lane.train.adam_beta2))
+
+    lane = bench.lane(weight_decay=0.3)
+    config = watched(AdapterConfig(lora=lane.lora, train=lane.train))
+    lane.lora, lane.train = config.lora, config.train
+    bench.patch.setattr(type(lane), "make_optimizer", forgetful)
+    engine, course = bench.engine(lane), Course(lane, bench.path, config=config)
+    engine.examine([course])
+    Loop(engine.stepper, [course], 600).run()
+    raise course.error
+
+
+@fault(25, "there is no such key. Did you mean learning_rate")
+def key_with_a_typing_error(bench):
+    from qlora_dist.launch.compose import compose_run
+
+    compose_run(["train.learning_rat=1e-4"])
 
 
 @pytest.mark.parametrize("name", sorted(FAULTS))
@@ -342,9 +470,18 @@ def test_good_runs_raise_no_alarm(bench, quantization, recompute):
     lane = bench.lane(lora={"lora_dropout": 0.1, "use_rslora": True}, activation_checkpointing=recompute)
     built, course = bench.train(lane, quantization=quantization)
     save_lane(lane, bench.path, bench.base)
-    check_saved(course.certificate, lane, bench.path)
+    check_saved(course.certificate, lane.state(), 4, bench.path)
     table = built.certificate.table() + course.certificate.table()
     assert all(row["passed"] for row in table)
     assert len(table) >= 10
     assert json.dumps(table)
     assert adapter_file.ADAPTER_FILES
+
+
+def test_the_table_says_what_is_injected():
+    """docs/failures.md lists the rows that are injected here, and no other, in its first table."""
+    text = (Path(__file__).parents[3] / "docs" / "failures.md").read_text(encoding="utf-8")
+    listed = {int(line.split("|")[1]) for line in text.splitlines() if re.match(r"\| \d+ \|", line)}
+    injected = {int(name.partition("-")[0]) for name in FAULTS}
+    assert listed == injected
+    assert len(injected) >= 20
