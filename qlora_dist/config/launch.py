@@ -26,14 +26,16 @@ class RayConfig:
 
     `address` is empty (a cluster of this run's own, on this machine), `auto`, `host:port` or `ray://host:port`. A
     training that may have between `min_workers` and `max_workers` processes (0: as many as the strategy says) takes
-    fewer when the nodes for all of them are not there within `wait_s`, and all again once they are. `resources` adds
-    to what the jobs of a stage ask for, by stage.
+    fewer when the nodes for all of them are not there within `wait_s`, and all again once they are. `cpus_per_rank` are
+    a process's CPUs and threads (0: the largest node's, divided among the jobs of a stage). `resources` adds to what
+    the jobs of a stage ask for, by stage.
     """
 
     address: str = execution("")
     min_workers: int = execution(0, at_least=0)
     max_workers: int = execution(0, at_least=0)
     processes_per_node: int = execution(0, at_least=0)
+    cpus_per_rank: int = execution(0, at_least=0)
     wait_s: float = execution(60.0, at_least=0)
     give_up_s: float = execution(3600.0, above=0)
     resources: dict[str, dict[str, float]] = execution(dict)

@@ -27,7 +27,7 @@ def opened(plan: Plan, config: LauncherConfig) -> Iterator[tuple[Launcher, Machi
         from qlora_dist.launch.ray_runtime import connected
 
         with connected(config.ray) as runtime:
-            yield RayLauncher(config, runtime), runtime.machine()
+            yield RayLauncher(config, runtime), runtime.machine(config.ray.cpus_per_rank)
         return
     if config.name is LauncherName.slurm:
         from qlora_dist.launch.slurm.launcher import SlurmLauncher

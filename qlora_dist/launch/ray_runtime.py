@@ -122,11 +122,12 @@ class RayRuntime:
         """Lets some time pass."""
         time.sleep(seconds)
 
-    def machine(self) -> Machine:
-        """Returns what the largest node has."""
+    def machine(self, cpus_per_rank: int = 0) -> Machine:
+        """Returns what the largest node has for all jobs of a stage, or what each process has, where that is told."""
         nodes = self.nodes()
         most = {key: max((node.get(key, 0.0) for node in nodes), default=0.0) for key in ("CPU", "GPU", "memory")}
-        return Machine(cores=max(1, int(most["CPU"])), memory_bytes=int(most["memory"]), gpus=int(most["GPU"]))
+        cores, is_shared = cpus_per_rank or max(1, int(most["CPU"])), not cpus_per_rank
+        return Machine(cores, memory_bytes=int(most["memory"]), gpus=int(most["GPU"]), is_shared=is_shared)
 
     def nodes(self) -> list[Resources]:
         """Returns what each living node has in all, used or not."""

@@ -33,14 +33,13 @@ class RayCluster:
     def __init__(
         self,
         *,
-        num_cpus: int = 2,
         dashboard: bool = False,
         client_port: int = 0,
         private: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Says what the cluster is to be; of `private`, a folder, each node sees one of its own, empty at first."""
-        self._num_cpus, self._dashboard, self._client_port = num_cpus, dashboard, client_port
+        self._dashboard, self._client_port = dashboard, client_port
         self._private, self._more = private, dict(environment or {})
         # Short, since the paths of sockets below it end at 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="rc", dir="/tmp"))
@@ -87,7 +86,7 @@ class RayCluster:
             self._holder.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start_node(self, number: int, **resources: float) -> str:
+    def start_node(self, number: int, num_cpus: int = 2, **resources: float) -> str:
         """Starts node `number` (1, 2 …) and waits until it is up; returns its name.
 
         One after the other: nodes that start at once in one session folder take the same socket.
@@ -95,7 +94,7 @@ class RayCluster:
         place = [f"--address={self.address}", f"--node-ip-address=127.0.0.{number + 1}", "--include-log-monitor=false"]
         more = [f"--resources={json.dumps(resources)}"] if resources else []
         name = f"n{number}"
-        self._launch(name, [*place, f"--num-cpus={self._num_cpus}", *more])
+        self._launch(name, [*place, f"--num-cpus={num_cpus}", *more])
         return name
 
     def kill_node(self, name: str) -> None:
@@ -108,6 +107,10 @@ class RayCluster:
                     member.kill()
         self._kill_session(process.pid)
         process.wait()
+
+    def private_of(self, name: str) -> Path:
+        """Returns the folder that a node sees at `private`, as it is seen from outside."""
+        return Path(f"/proc/{self._nodes[name].pid}/root{self._private}")
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """Returns the command line that runs `argv` inside."""

@@ -37,6 +37,8 @@ class Flight:
     second: dict[str, State] = field(default_factory=dict)
     happened: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    made: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The digest of each file of each finished artifact, but of those that name the life that wrote them."""
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -154,6 +156,9 @@ def check(plan: Plan, flight: Flight, states: dict[str, State]) -> None:
             flight.wrong.append(f"{folder.name} is half written")
             continue
         store.verify(f"{folder.parent.name}/{folder.name}")
+    made = [node.id for node in plan.nodes if store.is_finished(node.id)]
+    files = {name: store.manifest(name).files.items() for name in made}
+    flight.made = {n: {f: e["sha256"] for f, e in found if not f.endswith(".life")} for n, found in files.items()}
     for node in plan.nodes:
         if states.get(node.name) in (State.done, State.cached) and not store.is_finished(node.id):
             flight.wrong.append(f"{node.name} is called done and isn't finished")
