@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from graphlib import TopologicalSorter
+from typing import Any
 
-from qlora_dist.config.train import StrategyName
+from omegaconf import OmegaConf
+
+from qlora_dist.config.model import ModelConfig
+from qlora_dist.config.train import LoraConfig, StrategyName, TrainConfig
 from qlora_dist.data.blocks import BLOCK_BYTES
 from qlora_dist.data.sources import Piece
 from qlora_dist.launch.base import Job, Machine, State
+from qlora_dist.model.footprint import lane_bytes, shape_of
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
 
@@ -48,7 +54,7 @@ def make_jobs(plan: Plan, to_run: Iterable[Node], machine: Machine, model_bytes:
 
 def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, model_bytes: int) -> Job:
     first, stage = nodes[0], STAGES[nodes[0].stage]
-    ranks = first.world_size
+    ranks, lanes = first.world_size, 0 if machine.gpus or not machine.is_shared else _lanes_bytes(nodes)
     worker = ["-m", "qlora_dist.pipeline", plan.address, *(node.id for node in nodes)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     before = (plan.node(artifact_id).job for node in nodes for artifact_id in node.inputs.values())
@@ -67,10 +73,43 @@ def _make_job(plan: Plan, nodes: Sequence[Node], machine: Machine, cores: int, m
         cores=cores,
         meets=stage.meets,
         gpus=min(ranks, machine.gpus) if stage.loads_model else 0,
-        memory_bytes=(HEAVY_BYTES + 2 * model_bytes) * ranks
+        memory_bytes=(HEAVY_BYTES + 2 * model_bytes + lanes) * ranks
         if stage.loads_model
         else LIGHT_BYTES + (cores - 1) * WORKER_BYTES,
     )
+
+
+def _lanes_bytes(nodes: Sequence[Node]) -> int:
+    """Returns what the lanes of a job hold on each of its processes: their number, times what the largest holds.
+
+    It is 0 where nothing is trained, or where the base's shape isn't known before it is fetched.
+    """
+    first = nodes[0].config
+    if "trials" in first and "lanes" in first:
+        return int(first["lanes"]) * max(_lane_bytes(first["model"], t["lora"], t["train"]) for t in first["trials"])
+    if "lora" not in first or "train" not in first:
+        return 0
+    return len(nodes) * max(_lane_bytes(n.config["model"], n.config["lora"], n.config["train"]) for n in nodes)
+
+
+def _lane_bytes(model: Mapping[str, Any], lora: Mapping[str, Any], train: Mapping[str, Any]) -> int:
+    decides = (
+        (lora["lora_rank"], lora["target_modules"]),
+        (train["micro_batch_tokens"], train["activation_checkpointing"]),
+    )
+    return _bytes_of(json.dumps(model), *map(json.dumps, decides))
+
+
+@cache
+def _bytes_of(model: str, lora: str, train: str) -> int:
+    """Returns the bytes of a lane; asked once for all that are alike, since a plan may have thousands."""
+    told: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), json.loads(model)))
+    shape = shape_of(told)
+    if shape is None:
+        return 0
+    (lora_rank, target_modules), (tokens, checkpointing) = json.loads(lora), json.loads(train)
+    lane = LoraConfig(lora_rank=lora_rank, target_modules=target_modules)
+    return lane_bytes(shape, told, lane, TrainConfig(micro_batch_tokens=tokens, activation_checkpointing=checkpointing))
 
 
 def _spread_over(plan: Plan, node: Node, machine: Machine) -> int:

@@ -4,12 +4,24 @@ from pathlib import Path
 
 import pytest
 
-from qlora_dist.config.stages import RecordsConfig, RowsConfig, ShardsConfig, SplitsConfig, TokenizerConfig
+from qlora_dist.config.stages import (
+    AdapterConfig,
+    HalvedConfig,
+    RecordsConfig,
+    RowsConfig,
+    ShardsConfig,
+    SplitsConfig,
+    TokenizerConfig,
+)
+from qlora_dist.config.sweep import TrialConfig
+from qlora_dist.config.train import LoraConfig, StrategyConfig
 from qlora_dist.launch.base import Job, Machine, State
-from qlora_dist.launch.jobs import make_jobs, node_states
+from qlora_dist.launch.jobs import HEAVY_BYTES, make_jobs, node_states
+from qlora_dist.model.footprint import lane_bytes, shape_of
 from qlora_dist.pipeline.plan import Plan
 
 MACHINE = Machine(cores=4, memory_bytes=1 << 40, gpus=2)
+CPUS = Machine(cores=4, memory_bytes=1 << 40)
 
 
 @pytest.fixture
@@ -89,3 +101,31 @@ def test_a_job_of_one_is_skipped_as_soon_as_one_before_it_is_not_good(tmp_path):
     assert job.can_start([State.failed, State.running]) is False
     assert job.can_start([State.done, State.waiting]) is None
     assert job.can_start([State.done, State.cached]) is True
+
+
+def test_memory_of_a_training_counts_its_lanes_on_each_process(tmp_path):
+    plan = Plan(experiment="test", root=str(tmp_path), command="", config={})
+    strategy = StrategyConfig(world_size=2)
+    for label, rank, group in (("a", 8, ""), ("b", 8, "two"), ("c", 64, "two"), ("d", 64, "")):
+        config = AdapterConfig(lora=LoraConfig(lora_rank=rank), strategy=strategy)
+        plan.add("adapter", label, config, group=group, world_size=2)
+    held = {job.name: job.memory_bytes for job in make_jobs(plan, plan.nodes, CPUS, 0)}
+    small, large = lane(8), lane(64)
+    assert held["adapter/a"] == 2 * (HEAVY_BYTES + small)
+    assert held["adapter/d"] == 2 * (HEAVY_BYTES + large)
+    assert held["adapter+two"] == 2 * (HEAVY_BYTES + 2 * large)
+    on_gpus = {job.name: job.memory_bytes for job in make_jobs(plan, plan.nodes, MACHINE, 0)}
+    assert set(on_gpus.values()) == {2 * HEAVY_BYTES}, "lanes lie on the GPU there"
+
+
+def lane(lora_rank: int) -> int:
+    told = AdapterConfig(lora=LoraConfig(lora_rank=lora_rank))
+    return lane_bytes(shape_of(told.model), told.model, told.lora, told.train)
+
+
+def test_memory_of_a_halving_counts_the_lanes_that_train_at_once(tmp_path):
+    plan = Plan(experiment="test", root=str(tmp_path), command="", config={})
+    trials = [TrialConfig(name=str(rank), lora=LoraConfig(lora_rank=rank)) for rank in (8, 16, 64)]
+    plan.add("halved", "a", HalvedConfig(trials=trials, lanes=2))
+    (job,) = make_jobs(plan, plan.nodes, CPUS, 0)
+    assert job.memory_bytes == HEAVY_BYTES + 2 * lane(64)
