@@ -80,7 +80,7 @@ def _make(plan: Plan, nodes: Sequence[Node], stack: ExitStack) -> int:
     try:
         made = STAGES[nodes[0].stage].load_joint()(
             {node.label: node.told() for node in nodes},
-            {node.label: plan.store.inputs(node.inputs) for node in nodes},
+            {node.label: plan.inputs(node) for node in nodes},
             outs,
         )
         share_s = (time.monotonic() - started) / len(nodes)  # so that a run's seconds add up

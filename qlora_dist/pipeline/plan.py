@@ -126,6 +126,16 @@ class Plan:
         """Says that everything a node reads is finished."""
         return all(self.store.has(artifact_id) for artifact_id in node.inputs.values())
 
+    def inputs(self, node: Node) -> dict[str, Path]:
+        """Returns the folder of everything a node reads, on this machine; what an input names is there as well.
+
+        Raises:
+            ArtifactError: if something is not finished.
+        """
+        for read in map(self.node, node.inputs.values()):
+            self.store.inputs({name: read.inputs[name] for name in STAGES[read.stage].names if name in read.inputs})
+        return self.store.inputs(node.inputs)
+
     def node(self, name_or_id: str) -> Node:
         """Finds a node by its name or its artifact's id.
 

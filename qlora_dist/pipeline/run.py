@@ -50,7 +50,7 @@ def run_node(plan: Plan, node: Node) -> None:
         try:
             with tracked(plan, node):
                 with still_mine(plan, node):
-                    facts = STAGES[node.stage].load()(node.told(), plan.store.inputs(node.inputs), out)
+                    facts = STAGES[node.stage].load()(node.told(), plan.inputs(node), out)
                     if rank() == 0:
                         finish(plan, node, facts, time.monotonic() - started)
                 if rank() == 0:

@@ -37,6 +37,7 @@ class Stage:
     resumes: bool = False
     meets: bool = False
     spreads: bool = False
+    names: tuple[str, ...] = ()
 
     def load(self) -> StageFunction:
         """Imports the stage's function, and with it the libraries it needs."""
@@ -60,7 +61,7 @@ STAGES: dict[str, Stage] = {
         Stage("tokenizer", told.TokenizerConfig, "qlora_dist.model.tokenizer:write_tokenizer"),
         Stage("rows", told.RowsConfig, "qlora_dist.data.rows:write_rows", spreads=True),
         Stage("tiny", told.TinyStageConfig, "qlora_dist.model.tiny:make_tiny", loads_model=True),
-        Stage("base", told.BaseConfig, "qlora_dist.model.base:prepare_base"),
+        Stage("base", told.BaseConfig, "qlora_dist.model.base:prepare_base", names=("tiny",)),
         Stage(
             "adapter",
             told.AdapterConfig,

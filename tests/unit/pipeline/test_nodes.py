@@ -1,14 +1,17 @@
 """What a plan holds, and which keys move when one thing changes."""
 
 import json
+import uuid
 from pathlib import Path
 
 import pytest
 
+from qlora_dist.config.stages import BaseConfig, ScoresConfig, TinyStageConfig
 from qlora_dist.errors import QloraDistError
 from qlora_dist.launch.compose import compose_run
 from qlora_dist.pipeline.nodes import make_plan, unread_keys
 from qlora_dist.pipeline.plan import Plan, drift, read_plan
+from qlora_dist.pipeline.run import manifest_of
 from qlora_dist.testing import save_tiny_model
 
 
@@ -203,3 +206,24 @@ def test_a_plan_file_of_another_shape_is_refused(tmp_path: Path):
     (tmp_path / "plan.json").write_text('{"nodes": [{"what": 1}]}')
     with pytest.raises(QloraDistError, match="is no plan"):
         read_plan(tmp_path / "plan.json")
+
+
+def test_what_an_input_names_by_its_place_is_on_the_machine_that_reads_it(tmp_path: Path):
+    """A base says where the embedded one's files lie: another machine than the one that made them fetches both."""
+    url = f"memory://{uuid.uuid4().hex}/runs"
+    plans = []
+    for machine in ("here", "there"):
+        plan = Plan(experiment="test", root=url, staging=str(tmp_path / machine), command="", config={})
+        base = plan.add("base", "tiny", BaseConfig(), inputs={"tiny": plan.add("tiny", "tiny", TinyStageConfig())})
+        plan.add("scores", "base", ScoresConfig(), inputs={"base": base})
+        plans.append(plan)
+    here, there = plans
+    for node in here.nodes[:2]:
+        with here.store.owned(node.id, "job"):
+            here.store.partial(node.id).mkdir(parents=True, exist_ok=True)
+            (here.store.partial(node.id) / "file").write_text(node.name)
+            here.store.commit(manifest_of(here, node, {}, 0.0))
+    scores = there.node("scores/base")
+    assert set(there.inputs(scores)) == {"base"}
+    for node in there.nodes[:2]:
+        assert (there.store.folder(node.id) / "file").read_text() == node.name
