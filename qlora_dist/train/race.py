@@ -113,8 +113,11 @@ class Race:
             self._keep(courses.values())
 
     def state(self, trial: str) -> dict[str, torch.Tensor]:
-        """Returns a trial's factors and Adam moments as they are now."""
-        return {name: value.detach().cpu().clone() for name, value in lane_state(self.job.courses[trial].lane).items()}
+        """Returns a trial's factors and Adam moments as they are now, each without gaps, as a file wants them."""
+        state = lane_state(self.job.courses[trial].lane)
+        return {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()
+        }
 
     def load(self, trial: str, steps: int, tensors: dict[str, torch.Tensor], metrics: Path) -> None:
         """Puts a trial where it stood after `steps` steps, with the metrics it had by then."""
