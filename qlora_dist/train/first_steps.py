@@ -22,8 +22,8 @@ from qlora_dist.train.certificate import Certificate
 from qlora_dist.train.lanes import Lane
 from qlora_dist.train.step import Stepper, gradient, row_seeds
 
-READ_WITH_THE_BASE = ("model.path", "model.revision")
-"""Keys that stage `base` has read: a training gets them with the base itself."""
+READ_WITH_THE_BASE = ("model.path", "model.revision", "model.tiny.")
+"""How keys begin that stages `tiny` and `base` have read: a training gets them with the base itself."""
 
 
 class Watch:
@@ -73,9 +73,9 @@ def check_read(certificate: Certificate, config: Any, is_alone: bool) -> None:
     names = ["model", "strategy"] if is_alone else []
     names += ["train"] + (["lora"] if config.train.method is Method.lora else [])
     parts = {name: getattr(config, name) for name in names}
-    left = [k for name, part in parts.items() for k in unread(part, key=name) if k not in READ_WITH_THE_BASE]
+    left = [k for name, part in parts.items() for k in unread(part, key=name) if not k.startswith(READ_WITH_THE_BASE)]
     idle = [k for name, part in parts.items() for k in unread(part, execution=True, key=name) if is_alone]
-    idle = [key for key in idle if not key.startswith("model.tiny.")]
+    idle = [key for key in idle if not key.startswith(READ_WITH_THE_BASE)]
     certificate.require(
         "no config key is left unread",
         not left,
