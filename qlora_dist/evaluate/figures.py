@@ -6,7 +6,8 @@ page's light or dark theme shows through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qlora_dist.evaluate.page import Figure
@@ -16,6 +17,9 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a
 
 TWO_SIDED = [[0.0, "#0072b2"], [0.5, "#f2f2f2"], [1.0, "#d55e00"]]
 """Blue below the middle, orange above it."""
+
+MAX_TOLD_AT_ONCE = 8
+"""With more curves, the pointer tells the nearest one alone, and no legend lists them."""
 
 ONE_SIDED = [[0.0, "#eaf2f8"], [1.0, "#08519c"]]
 
@@ -85,17 +89,75 @@ def lines(
     *,
     steps: bool = False,
     log_x: bool = False,
+    dots: bool = False,
+    first: Collection[str] = (),
 ) -> Figure:
-    """Returns one line for each named curve of (x values, y values); `steps` draws a histogram's outline."""
-    shape = {"line": {"shape": "hv"}} if steps else {}
-    data = [
-        {"type": "scatter", "mode": "lines" if len(xs) > 1 else "markers", "name": name, "x": list(xs), "y": list(ys)}
-        | shape
-        for name, (xs, ys) in curves.items()
-    ]
-    made = figure(data, title, x, y, hovermode="x unified")
+    """Returns one line for each named curve of (x values, y values).
+
+    Args:
+        curves: (x values, y values) by name.
+        title: what is drawn.
+        x: name of the horizontal axis.
+        y: name of the vertical axis.
+        steps: draws a histogram's outline.
+        log_x: lets the horizontal axis be logarithmic.
+        dots: marks each point.
+        first: names that matter most: they have colours and stand in the legend, all others are thin and grey.
+    """
+    chosen = [name for name in curves if name in first]
+    order = [*(name for name in curves if name not in first), *chosen]  # what is drawn last lies on top
+    data = [_line(name, curves[name], steps=steps, dots=dots) for name in order]
+    for line in data if chosen else []:
+        is_chosen = line["name"] in first
+        color = COLORS[chosen.index(line["name"]) % len(COLORS)] if is_chosen else COLORS[6]
+        line["line"] |= {"color": color, "width": 3 if is_chosen else 1}
+        line |= {"showlegend": is_chosen, "opacity": 1.0 if is_chosen else 0.6}
+    few = len(order) <= MAX_TOLD_AT_ONCE
+    made = figure(data, title, x, y, hovermode="x unified" if few else "closest")
+    made["layout"]["showlegend"] = len(order) > 1 and (few or bool(chosen))
     if log_x:
         made["layout"]["xaxis"] |= {"type": "log", "dtick": "D2"}
+    return made
+
+
+def _line(name: str, curve: tuple[Sequence[float], Sequence[float]], *, steps: bool, dots: bool) -> dict[str, Any]:
+    xs, ys = curve
+    lines = "lines+markers" if dots else "lines"
+    shown = {"mode": lines if len(xs) > 1 else "markers", "line": {"shape": "hv"} if steps else {}}
+    told = {"hovertemplate": "%{fullData.name}: %{y:.4g}<extra></extra>"}
+    return {"type": "scatter", "name": name, "x": list(xs), "y": list(ys), **shown, **told}
+
+
+def intervals(
+    rows: Sequence[tuple[str, float, float | None, float | None]], title: str, x: str, chosen: Collection[str] = ()
+) -> Figure:
+    """Returns a line of the page for each (name, value, low, high), with a rule at 0: what crosses it may be nothing.
+
+    Args:
+        rows: from the top down; an interval of None is not drawn.
+        title: what is drawn.
+        x: what the values are.
+        chosen: names that are drawn in another colour.
+    """
+
+    def reach(value: float, end: float | None) -> float:
+        return 0.0 if end is None else abs(end - value)
+
+    above, below = [reach(v, high) for _, v, _, high in rows], [reach(v, low) for _, v, low, _ in rows]
+    errors = {"array": above, "arrayminus": below}
+    color = [COLORS[5] if name in chosen else COLORS[0] for name, *_ in rows]
+    data = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [value for _, value, _, _ in rows],
+        "y": [name for name, *_ in rows],
+        "marker": {"size": 9, "color": color, "symbol": ["diamond" if n in chosen else "circle" for n, *_ in rows]},
+        "error_x": {"type": "data", "symmetric": False, "thickness": 1.4, **errors, "color": COLORS[6]},
+        "hovertemplate": "%{y}: %{x:.4g}<extra></extra>",
+    }
+    made = figure([data], title, x, "", height=110 + 26 * len(rows))
+    made["layout"]["xaxis"] |= {"zeroline": True, "zerolinewidth": 2}
+    made["layout"]["yaxis"] |= {"type": "category", "autorange": "reversed"}
     return made
 
 
@@ -130,7 +192,7 @@ def heat_map(
         "z": [list(r) for r in values],
         "x": list(columns),
         "y": list(rows),
-        "text": [["" if v is None else f"{v:.3g}" for v in row] for row in values],
+        "text": [["" if v is None else f"{v:.{_digits(values)}f}" for v in row] for row in values],
         "texttemplate": "%{text}",
         "hovertemplate": (f"{x} %{{x}}, {y} " if x else "%{x}, ") + "%{y}: %{z:.4g}<extra></extra>",
         "hoverongaps": False,
@@ -148,6 +210,13 @@ def heat_map(
         frame = {"type": "rect", "x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5}
         made["layout"]["shapes"] = [frame | {"line": {"color": COLORS[5], "width": 3}}]
     return made
+
+
+def _digits(values: Sequence[Sequence[float | None]]) -> int:
+    """Returns so many digits after the point that numbers which differ can be told apart: three of their spread."""
+    told = [v for row in values for v in row if v is not None]
+    spread = (max(told) - min(told) or max(map(abs, told))) if told else 0.0
+    return 2 if spread <= 0 else min(6, max(0, 2 - math.floor(math.log10(spread))))
 
 
 def trial_map(trials: Sequence[Mapping[str, Any]], metric: str, title: str, *, x: str, y: str) -> Figure | None:

@@ -9,22 +9,33 @@ from typing import Any
 Figure = dict[str, Any]
 """A plotly figure as plain JSON values: `data` and `layout`."""
 
+JUDGED = {"passed", "forgets little enough"}
+"""Columns whose yes is good and whose no is bad; elsewhere they are but an answer."""
+
 MAX_SHOWN = 600
 """Characters of one cell; what is longer is cut with an ellipsis."""
 
 
 @dataclass(slots=True)
 class Table:
-    """A caption, column names and rows of anything that `shown` can show; `of` names the figure of these numbers."""
+    """A caption, column names and rows of anything that `shown` can show.
+
+    `of` names the figure of these numbers; a `folded` table shows its caption alone, until it is unfolded.
+    """
 
     caption: str
     columns: list[str]
     rows: list[list[Any]]
     of: str = ""
+    folded: bool = False
 
     def cells(self) -> list[list[str]]:
         """Returns the rows as text."""
         return [[shown(value) for value in row] for row in self.rows]
+
+    def is_judged(self, column: int) -> bool:
+        """Says whether a column's yes is good news, and its no bad."""
+        return self.columns[column] in JUDGED
 
     def is_number(self, column: int) -> bool:
         """Says whether a column holds numbers alone, and so is set flush right."""

@@ -140,15 +140,16 @@ def _by_metric(run: RunView, *, of_first: bool) -> Iterator[tuple[str, list[Row]
 
 
 def _score_table(metric: str, rows: list[Row]) -> Table:
-    columns = ["model", "domain", "split", "value", "low", "high", "num_documents"]
-    return Table(metric_name(metric), columns, [[r.get(c) for c in columns] for r in rows])
+    keys = ["model", "domain", "split", "value", "low", "high", "num_documents"]
+    return Table(metric_name(metric), [*keys[:-1], "documents"], [[r.get(c) for c in keys] for r in rows])
 
 
 def _difference_tables(run: RunView, metrics: Iterable[str]) -> list[Table]:
-    columns = ["model", "domain", "difference", "low", "high", "p_holm", "minimal_detectable", "num_documents"]
+    keys = ["model", "domain", "difference", "low", "high", "p_holm", "minimal_detectable", "num_documents"]
+    columns = [*keys[:5], "p (Holm)", "minimal detectable", "documents"]
     tables = []
     for metric in metrics:
-        rows = [[r.get(c) for c in columns] for r in run.comparisons if r["metric"] == metric]
+        rows = [[r.get(c) for c in keys] for r in run.comparisons if r["metric"] == metric]
         tables.append(Table(f"Difference in {metric_name(metric)}", columns, rows))
     return [table for table in tables if table.rows]
 

@@ -27,6 +27,7 @@ def report_sections(run: RunView) -> list[Section]:
         trained_sections.curves(run),
         trained_sections.merge(run),
         trained_sections.certificate(run),
+        trained_sections.pretraining(run),
         data_sections.data(run),
         cost(run),
         lineage_sections.lineage(run),

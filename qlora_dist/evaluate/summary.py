@@ -12,6 +12,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+GENERAL = "general"
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class NodeView:
@@ -20,6 +22,7 @@ class NodeView:
     stage: str = ""
     label: str = ""
     key: str = ""
+    artifact: str = ""
     state: str = ""
     seconds: float | None = None
     inputs: dict[str, str] = field(default_factory=dict)
@@ -69,8 +72,8 @@ def view(summary: Mapping[str, Any]) -> RunView:
         notes=tuple(str(n) for n in _list(summary.get("notes"))),
         config=mapping(summary.get("config")),
         nodes=tuple(_node(n) for n in _list(summary.get("nodes")) if isinstance(n, Mapping)),
-        scores=tuple(_rows(summary.get("scores"), "value", "model", "domain", "metric")),
-        comparisons=tuple(_rows(summary.get("comparisons"), "difference", "model", "domain", "metric")),
+        scores=_domains_first(_rows(summary.get("scores"), "value", "model", "domain", "metric")),
+        comparisons=_domains_first(_rows(summary.get("comparisons"), "difference", "model", "domain", "metric")),
         verdict=mapping(summary.get("verdict")),
         examples=tuple(mappings(summary.get("examples"))),
         sweep=mapping(summary.get("sweep")),
@@ -87,7 +90,7 @@ def number(value: Any) -> float | None:
 
 
 def _node(node: Mapping[str, Any]) -> NodeView:
-    texts = {k: text(node.get(k)) for k in ("stage", "label", "key", "state", "error", "log")}
+    texts = {k: text(node.get(k)) for k in ("stage", "label", "key", "artifact", "state", "error", "log")}
     return NodeView(
         **texts,
         seconds=number(node.get("seconds")),
@@ -102,6 +105,11 @@ def _rows(value: Any, measured: str, *named: str) -> Iterator[Row]:
     for row in _list(value):
         if isinstance(row, Mapping) and number(row.get(measured)) is not None:
             yield {**row, **{k: text(row.get(k)) for k in named}}
+
+
+def _domains_first(rows: Iterator[Row]) -> tuple[Row, ...]:
+    """Orders rows so that what the run was made for comes before what it may have forgotten."""
+    return tuple(sorted(rows, key=lambda row: bool(row["domain"] == GENERAL)))
 
 
 def mappings(value: Any) -> list[Row]:

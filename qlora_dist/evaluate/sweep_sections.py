@@ -4,40 +4,97 @@ from __future__ import annotations
 
 from qlora_dist.evaluate import figures
 from qlora_dist.evaluate.page import Section, Table, map_table, shown, union_table
-from qlora_dist.evaluate.summary import Row, RunView, mapping, mappings, number, text
+from qlora_dist.evaluate.summary import Row, RunView, mappings, number, text
 
 SETTINGS = ("lora_rank", "lora_alpha", "learning_rate")
 METRIC = "validation_loss"
 FOUND = (
-    "validation_bits_per_byte",
-    *("low", "high", "forgetting", "forgets_too_much"),
-    *("over_best", "over_best_low", "over_best_high", "p_holm"),
+    *("chosen", "validation_bits_per_byte", "interval"),
+    *("over_best", "interval of that", "p (Holm)", "forgetting", "forgets little enough"),
     *("state", "tokens", "chosen_by"),
 )
 """What was found of a trial, in the order in which it is shown, after its settings."""
+RAW = ("low", "high", "over_best_low", "over_best_high", "p_holm", "forgets_too_much")
+"""What stands in `FOUND` under another name, or two in one."""
+TEXT = """Trials are compared on development data, paired by document; of those that can't be told from the best, the \
+smallest is chosen, and it alone goes on to the sealed test."""
 
 
 def sweep(run: RunView) -> Section | None:
-    """Shows who was chosen and why, a table of all trials, a heat map of rank by alpha, and what was spent.
+    """Shows who was chosen and why, each trial beside the best, a table of all, a map of rank by alpha, what was spent.
 
     Trials are compared on development data; the chosen one alone goes on to the sealed test.
     """
     trials, shards = mappings(run.sweep.get("trials")), mappings(run.sweep.get("shards"))
     metric = text(run.sweep.get("metric")) or METRIC
-    section = Section("Sweep", " ".join(part for part in (text(run.sweep.get("text")), _spent(run.sweep)) if part))
-    title = "Trials" if len(shards) < 2 else f"Trials: means over {len(shards)} shards"
-    section.tables += union_table(title, "trial", [(_label(trial, i), _rest(trial)) for i, trial in enumerate(trials)])
+    section = Section("Sweep", " ".join(part for part in (TEXT, _spent(run.sweep)) if part))
+    whys = [[text(shard.get(key)) for key in ("label", "winner", "reason")] for shard in shards]
+    section.tables += [Table("Chosen", ["shard", "trial", "why"], whys)] if whys else []
+    if len(shards) != 1:
+        title = "Trials" if not shards else f"Trials: means over {len(shards)} shards"
+        section.tables += _trials_table(title, trials, metric)
+    for shard in shards:
+        title = "Trials" if len(shards) == 1 else f"Trials of {text(shard.get('label'))}"
+        winner = shard.get("winner")
+        rows = [{**row, "chosen": row.get("trial") == winner or None} for row in mappings(shard.get("trials"))]
+        made = _trials_table(title, rows, metric)
+        for table in made:
+            table.folded = len(shards) > 1
+        section.tables += made
     if not section.tables:
         return None
-    for shard in shards if len(shards) > 1 else []:
-        rows = [(text(row.get("trial")), _rest(row)) for row in mappings(shard.get("trials"))]
-        section.tables += union_table(f"Trials of {text(shard.get('label'))}", "trial", rows)
     drawn = f"{metric.replace('_', ' ')} by rank and alpha, the best over all else (lower is better)"
-    if made := figures.trial_map(trials, metric, drawn, x="lora_rank", y="lora_alpha"):
-        section.draw("sweep-rank-alpha", made, map_table(made))
+    if map_made := figures.trial_map(trials, metric, drawn, x="lora_rank", y="lora_alpha"):
+        section.draw("sweep-rank-alpha", map_made, map_table(map_made))
     for shard in shards:
+        _add_beside_best(section, shard)
         _add_rungs(section, shard)
     return section
+
+
+def _trials_table(title: str, trials: list[Row], metric: str) -> list[Table]:
+    """Returns the table of trials, the best first; those that were stopped early come last."""
+
+    def order(trial: Row) -> tuple[bool, float]:
+        value = number(trial.get(metric))
+        return value is None, value or 0.0
+
+    named = [(_label(trial, number), _told(trial)) for number, trial in enumerate(trials)]
+    places = sorted(range(len(trials)), key=lambda i: order(trials[i]))
+    return union_table(title, "trial", [named[i] for i in places])
+
+
+def _told(trial: Row) -> Row:
+    """Returns a trial's settings and what was found of it, as a person reads them."""
+    told: Row = {key: value for key, value in trial.items() if key not in ("label", "trial", *RAW)}
+    if "low" in trial or "high" in trial:
+        told["interval"] = _interval(trial.get("low"), trial.get("high"))
+    if "over_best_low" in trial:
+        told["interval of that"] = _interval(trial.get("over_best_low"), trial.get("over_best_high"))
+    if "p_holm" in trial:
+        told["p (Holm)"] = trial["p_holm"]
+    if isinstance(forgets := trial.get("forgets_too_much"), bool):
+        told["forgets little enough"] = not forgets
+    settings = [key for key in told if key not in (*SETTINGS, *FOUND)]
+    return {key: told[key] for key in (*SETTINGS, *settings, *FOUND) if key in told}
+
+
+def _interval(low: object, high: object) -> str | None:
+    return None if number(low) is None or number(high) is None else f"{shown(low)} to {shown(high)}"
+
+
+def _add_beside_best(section: Section, shard: Row) -> None:
+    """Adds how far each trial is behind the best, with the paired interval: what reaches 0 may be as good."""
+    keys = ("over_best", "over_best_low", "over_best_high")
+    found = [(text(row.get("trial")), *(number(row.get(key)) for key in keys)) for row in mappings(shard.get("trials"))]
+    rows = sorted(((name, v, low, high) for name, v, low, high in found if v is not None), key=lambda row: row[1])
+    if len(rows) < 2:
+        return
+    label = text(shard.get("label"))
+    title = f"{label}: bits per byte more than the best, 95 % interval (what crosses 0 may be as good)"
+    drawn = figures.intervals(rows, title, "bits per byte more than the best", chosen=[text(shard.get("winner"))])
+    table = Table(title, ["trial", "more", "low", "high"], [[*row] for row in rows])
+    section.draw(f"sweep-behind-{label}", drawn, table)
 
 
 def _add_rungs(section: Section, shard: Row) -> None:
@@ -56,7 +113,9 @@ def _add_rungs(section: Section, shard: Row) -> None:
     name = f"{label}: bits per byte of development data at each rung"
     columns = ["rung", "trial", "tokens", "value", "forgetting", "went on"]
     table = Table(name, columns, [[rung.get(c.replace(" ", "_")) for c in columns] for rung in rungs])
-    section.draw(f"sweep-rungs-{label}", figures.lines(lines, name, "trained tokens", "bits per byte"), table)
+    chosen = [text(shard.get("winner"))]
+    drawn = figures.lines(lines, name, "trained tokens", "bits per byte", first=chosen, dots=True, log_x=True)
+    section.draw(f"sweep-rungs-{label}", drawn, table)
 
 
 def _spent(sweep: Row) -> str:
@@ -68,10 +127,4 @@ def _spent(sweep: Row) -> str:
 
 
 def _label(trial: Row, number: int) -> str:
-    return text(trial.get("label")) or str(number)
-
-
-def _rest(trial: Row) -> Row:
-    first = {key: trial[key] for key in SETTINGS if key in trial}
-    rest = {key: value for key, value in trial.items() if key not in ("label", "trial", *FOUND)}
-    return mapping(first | rest | {key: trial[key] for key in FOUND if key in trial})
+    return text(trial.get("label")) or text(trial.get("trial")) or str(number)

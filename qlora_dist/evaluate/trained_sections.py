@@ -7,22 +7,45 @@ from itertools import accumulate
 
 from qlora_dist.evaluate import figures
 from qlora_dist.evaluate.page import Section, Table, map_table, union_table
-from qlora_dist.evaluate.summary import NodeView, Row, RunView, mapping, mappings, number
+from qlora_dist.evaluate.summary import NodeView, Row, RunView, mapping, mappings, number, text
+
+PRETRAINING = "tiny"
+MAX_CERTIFICATES = 3
+"""With more trainings, their certificates are counted together, and each one is folded."""
 
 
 def curves(run: RunView) -> Section | None:
-    """Shows loss, learning rate and speed of every training over its steps."""
-    section = Section("Training")
-    metrics = dict.fromkeys(k for rows in run.curves.values() for r in rows for k in r if k != "step")
+    """Shows loss, learning rate and speed of every adapter's training over its steps."""
+    pretrained = {node.label for node in run.nodes_of(PRETRAINING)}
+    found = {label: rows for label, rows in run.curves.items() if label not in pretrained}
+    chosen = _chosen(run) & found.keys()
+    words = "In colour: the trials that were chosen. Point at a grey line to see whose it is." if chosen else ""
+    return _drawn(Section("Training", words), found, chosen)
+
+
+def pretraining(run: RunView) -> Section | None:
+    """Shows how the embedded base was made, apart from the adapters, whose losses lie close together beside its own."""
+    pretrained = {node.label for node in run.nodes_of(PRETRAINING)}
+    found = {label: rows for label, rows in run.curves.items() if label in pretrained}
+    return _drawn(Section("Pre-training of the base", folded=True), found, set(), "base-")
+
+
+def _drawn(section: Section, found: Mapping[str, list[Row]], chosen: set[str], prefix: str = "") -> Section | None:
+    metrics = dict.fromkeys(k for rows in found.values() for r in rows for k in r if k != "step")
     for metric in sorted(metrics, key=lambda k: ("loss" not in k, k)):
-        drawn = {label: _points(rows, metric) for label, rows in run.curves.items()}
+        drawn = {label: _points(rows, metric) for label, rows in found.items()}
         drawn = {label: points for label, points in drawn.items() if points[0]}
         if drawn:
             name = metric.replace("_", " ")
             ends = [[label, len(xs), ys[0], min(ys), ys[-1]] for label, (xs, ys) in drawn.items()]
             table = Table(name, ["training", "points", "first", "least", "last"], ends)
-            section.draw(f"curve-{metric}", figures.lines(drawn, name, "step", name), table)
+            section.draw(f"{prefix}curve-{metric}", figures.lines(drawn, name, "step", name, first=chosen), table)
     return section if section.figures else None
+
+
+def _chosen(run: RunView) -> set[str]:
+    """Returns the label of each shard's chosen trial."""
+    return {f"{text(shard.get('label'))}.{text(shard.get('winner'))}" for shard in mappings(run.sweep.get("shards"))}
 
 
 def _points(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
@@ -102,14 +125,35 @@ def _add_spectrum(section: Section, node: NodeView) -> None:
 
 
 def certificate(run: RunView) -> Section | None:
-    """Shows the checks that each training passed before and after its first step."""
-    tables = []
-    for node in run.nodes_of("adapter", "worker"):
-        checks = node.facts.get("certificate")
-        if isinstance(checks, Mapping):
-            checks = [{"check": k, **(v if isinstance(v, Mapping) else {"value": v})} for k, v in checks.items()]
-        rows = mappings(checks)
+    """Shows the checks that each training passed before and after its first step; of many, first how many passed."""
+    found = {node.label: _checks(node) for node in run.nodes_of("adapter", "worker", "halved")}
+    found = {label: rows for label, rows in found.items() if rows}
+    many = len(found) > MAX_CERTIFICATES
+    tables = [_together(found)] if many else []
+    for label, rows in found.items():
         columns = list(dict.fromkeys(k for c in rows for k in c))
-        tables.append(Table(node.label, columns, [[c.get(k) for k in columns] for c in rows]))
-    tables = [t for t in tables if t.rows]
+        tables.append(Table(label, columns, [[c.get(k) for k in columns] for c in rows], folded=many))
     return Section("Certificate", "What was proven of each training, not assumed.", tables) if tables else None
+
+
+def _checks(node: NodeView) -> list[Row]:
+    checks = node.facts.get("certificate")
+    if isinstance(checks, Mapping):
+        checks = [{"check": k, **(v if isinstance(v, Mapping) else {"value": v})} for k, v in checks.items()]
+    return mappings(checks)
+
+
+def _together(found: Mapping[str, list[Row]]) -> Table:
+    """Counts the trainings that passed each check, and names those that did not."""
+    by_check: dict[str, list[tuple[str, Row]]] = {}
+    for label, rows in found.items():
+        for row in rows:
+            by_check.setdefault(text(row.get("check")), []).append((label, row))
+    rows = []
+    for check, made in by_check.items():
+        failed = [label for label, row in made if row.get("passed") is False]
+        said = dict.fromkeys(text(row.get("found")) for _, row in made)
+        other = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+        by = f"{len(made) - len(failed)} of {len(made)}" + (f", not {', '.join(failed)}" if failed else "")
+        rows.append([check, f"{next(iter(said))}{other}", not failed, by])
+    return Table(f"All {len(found)} trainings", ["check", "found", "passed", "by"], rows)

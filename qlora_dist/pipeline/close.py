@@ -101,6 +101,7 @@ def _describe(plan: Plan, node: Node, ending: Ending) -> dict[str, Any]:
         "stage": node.stage,
         "label": node.label,
         "key": node.key,
+        "artifact": node.id,
         "inputs": node.inputs,
         "state": ending.state,
         "seconds": round(ending.seconds, 1),

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from qlora_dist.evaluate.figures import heat_map
 from qlora_dist.evaluate.report import difference_table, score_table, write_report
 from qlora_dist.evaluate.sections import report_sections
 from qlora_dist.evaluate.summary import view
@@ -228,13 +229,10 @@ def test_lineage_draws_each_artifact_once_and_no_line_that_only_shortens_a_longe
     summary["nodes"][-1]["inputs"]["splits-legal"] = "splits/legal-d4"  # it reads the rows of these splits as well
     (section,) = [s for s in report_sections(view(summary)) if s.title == "Lineage"]
     ((_, figure),), (table,) = section.figures, section.tables
-    edges, points = figure["data"]
+    _, points = figure["data"]
     assert sorted(points["text"]) == sorted(row[0] for row in table.rows)
     assert len(points["text"]) == len(summary["nodes"])
-    place = dict(zip(points["y"], points["text"], strict=True))
-    ends = [place[y] for y in edges["y"] if y is not None]
-    drawn = set(zip(ends[::2], ends[1::2], strict=True))
-    assert drawn == {
+    assert lines_drawn(figure) == {
         ("records/legal-0", "splits/legal"),
         ("splits/legal", "rows/legal-0"),
         ("rows/legal-0", "adapter/legal-0"),
@@ -245,12 +243,70 @@ def test_lineage_draws_each_artifact_once_and_no_line_that_only_shortens_a_longe
     assert ["scores/merged", "f1", ["rows/legal-0", "merged/all", "splits/legal"], "done", 2.0] in table.rows
 
 
-def test_lineage_of_hundreds_of_nodes_is_drawn_by_stage(summary: dict[str, Any]) -> None:
+def lines_drawn(figure: dict[str, Any]) -> set[tuple[str, str]]:
+    edges, points = figure["data"]
+    place = dict(zip(points["y"], points["text"], strict=True))
+    ends = [place[y] for y in edges["y"] if y is not None]
+    return set(zip(ends[::2], ends[1::2], strict=True))
+
+
+def test_lineage_of_many_adapters_draws_them_as_one_and_all_else_by_name(summary: dict[str, Any]) -> None:
     adapter = summary["nodes"][3]
     summary["nodes"] += [{**adapter, "label": f"legal-{i}", "key": f"k{i}"} for i in range(1, 90)]
     (section,) = [s for s in report_sections(view(summary)) if s.title == "Lineage"]
-    assert "adapter × 90" in section.figures[0][1]["data"][1]["text"]
+    ((_, figure),) = section.figures
+    assert {("rows/legal-0", "adapter × 90"), ("adapter × 90", "merged/all")} <= lines_drawn(figure)
     assert len(section.tables[0].rows) == len(summary["nodes"])
+
+
+def test_lineage_of_hundreds_of_stages_nodes_is_drawn_by_stage(summary: dict[str, Any]) -> None:
+    row = summary["nodes"][2]
+    for i in range(12):
+        more = [{**row, "stage": f"stage{i}", "label": str(j), "key": f"{i}-{j}"} for j in range(6)]
+        summary["nodes"] += more
+    (section,) = [s for s in report_sections(view(summary)) if s.title == "Lineage"]
+    ((_, figure),) = section.figures
+    assert {f"stage{i} × 6" for i in range(12)} <= set(figure["data"][1]["text"])
+
+
+def test_lineage_finds_a_trial_by_its_artifact_which_bears_its_shards_label(summary: dict[str, Any]) -> None:
+    trial = {"stage": "adapter", "label": "legal-0.r8", "key": "t8", "artifact": "adapter/legal-0-t8", "state": "done"}
+    summary["nodes"] += [{**trial, "inputs": {"rows": "rows/legal-0-a5"}}]
+    summary["nodes"] += [{"stage": "winner", "label": "legal-0", "key": "w", "inputs": {"a": "adapter/legal-0-t8"}}]
+    summary["nodes"][2] |= {"artifact": "rows/legal-0-a5"}
+    (section,) = [s for s in report_sections(view(summary)) if s.title == "Lineage"]
+    assert ("adapter/legal-0.r8", "winner/legal-0") in lines_drawn(section.figures[0][1])
+    assert ["winner/legal-0", "w", ["adapter/legal-0.r8"], "", None] in section.tables[0].rows
+
+
+def test_many_certificates_are_counted_together_and_who_failed_is_named(summary: dict[str, Any]) -> None:
+    def node(number: int, *, passed: bool) -> dict[str, Any]:
+        checks = [{"check": "tensors move", "passed": passed, "found": f"{number} of 4"}]
+        return {"stage": "adapter", "label": f"legal-{number}", "key": str(number), "facts": {"certificate": checks}}
+
+    summary["nodes"] = [node(number, passed=number != 3) for number in range(5)]
+    (section,) = [s for s in report_sections(view(summary)) if s.title == "Certificate"]
+    together, *each = section.tables
+    assert together.rows == [["tensors move", "0 of 4 (and 4 more)", False, "4 of 5, not legal-3"]]
+    assert together.is_judged(together.columns.index("passed"))
+    assert [(t.caption, t.folded) for t in each] == [(f"legal-{number}", True) for number in range(5)]
+
+
+def test_what_a_run_was_made_for_stands_before_what_it_may_have_forgotten(summary: dict[str, Any]) -> None:
+    summary["scores"] = sorted(summary["scores"], key=lambda row: str(row["domain"]))
+    assert summary["scores"][0]["domain"] == "general"
+    domains = [row["domain"] for row in view(summary).scores]
+    assert domains == sorted(domains, key=lambda domain: domain == "general")
+
+
+def test_cells_of_a_map_have_digits_enough_to_be_told_apart() -> None:
+    def texts(*values: float | None) -> list[str]:
+        return list(heat_map([values], [str(i) for i in range(len(values))], ["row"], "")["data"][0]["text"][0])
+
+    assert texts(2.9261, 2.9263, None) == ["2.926100", "2.926300", ""]
+    assert texts(1.0, 0.31) == ["1.000", "0.310"]
+    assert texts(120.0, 480.0) == ["120", "480"]
+    assert texts(None) == [""]
 
 
 def test_data_cost_and_form_are_counted(summary: dict[str, Any], tmp_path: Path) -> None:
