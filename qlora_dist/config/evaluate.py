@@ -31,6 +31,7 @@ class EvaluateConfig:
 
     Up to `models_per_job` models are scored in one job, on one loaded base.
     `min_gain` and `max_forgetting` are in bits per byte, against the base: on each domain, and on `general`.
+    `min_scores` names shares that the shipped model must reach on each domain that has them, as `{schema_valid: 0.95}`.
     """
 
     split: str = "test"
@@ -44,6 +45,7 @@ class EvaluateConfig:
     gate: Gate = execution(Gate.report)
     min_gain: float = execution(0.0, at_least=0)
     max_forgetting: float = execution(0.1, at_least=0)
+    min_scores: dict[str, float] = execution(dict, at_least=0)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,6 +14,8 @@ from qlora_dist.evaluate.harness import SPLIT, read_samples
 from qlora_dist.evaluate.statistics import estimate_ratio, holm
 
 BASE = "base"
+OF_THE_BASE = {"token_kl"}
+"""Measures that say of themselves how far a model is from the base."""
 
 
 Sums = dict[tuple[str, str, str], dict[str, tuple[float, float, str]]]
@@ -44,6 +46,8 @@ def read_sums(folder: Path) -> Sums:
     found: Sums = {}
     for document in read_documents(folder):
         for metric, (top, bottom) in MEASURES.items():
+            if metric in OF_THE_BASE:
+                continue
             terms = (float(getattr(document, top)), float(getattr(document, bottom)), document.cluster)
             found.setdefault((document.domain, document.split, metric), {})[document.record] = terms
     for answer in read_answers(folder):

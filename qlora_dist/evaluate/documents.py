@@ -19,6 +19,7 @@ Place = tuple[int, slice]
 Mask = NDArray[np.bool_]
 
 DOCUMENTS_FILE = "documents.jsonl"
+SCORES_FILE = "scores.json"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -31,7 +31,7 @@ def figure(data: list[dict[str, Any]], title: str, x: str, y: str, **layout: Any
         "layout": {
             "title": {"text": title},
             "xaxis": {"title": {"text": x}, "automargin": True},
-            "yaxis": {"title": {"text": y}, "automargin": True},
+            "yaxis": {"title": {"text": y, "standoff": 12}, "automargin": True},
             "colorway": list(COLORS),
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",

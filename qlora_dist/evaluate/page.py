@@ -95,8 +95,10 @@ def is_scalar(value: Any) -> bool:
 
 
 def union_table(caption: str, first: str, named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Table]:
-    """Returns one table of several mappings (none if they hold no scalar): a row each, a column a key."""
-    columns = list(dict.fromkeys(k for _, values in named for k, v in values.items() if is_scalar(v)))
+    """Returns one table of several mappings (none if they hold no scalar): a row each, a column a key that has any."""
+    told = [(k, v) for _, values in named for k, v in values.items() if is_scalar(v)]
+    filled = {k for k, v in told if v is not None and v != ""}
+    columns = [k for k in dict.fromkeys(k for k, _ in told) if k in filled]
     if not columns:
         return []
     rows = [[name, *(v if is_scalar(v := values.get(c)) else None for c in columns)] for name, values in named]

@@ -19,7 +19,7 @@ from qlora_dist.data.rows import Rows
 from qlora_dist.errors import ModelError, Preempted, QloraDistError
 from qlora_dist.evaluate.answers import answer_questions, answer_rows, count_failures, read_answers
 from qlora_dist.evaluate.calibration import calibration_rows, read_calibration, write_calibration
-from qlora_dist.evaluate.documents import DOCUMENTS_FILE, read_documents, score_rows, write_documents
+from qlora_dist.evaluate.documents import DOCUMENTS_FILE, SCORES_FILE, read_documents, score_rows, write_documents
 from qlora_dist.evaluate.harness import run_tasks, write_samples
 from qlora_dist.evaluate.held_out import HeldOut
 from qlora_dist.evaluate.loading import Inputs, Models, Task, open_models
@@ -27,7 +27,6 @@ from qlora_dist.evaluate.terms import TermMarker, terms_of
 from qlora_dist.runtime import Facts, Progress, clear, log, log_image, log_metrics, log_table, set_seed, write_json
 from qlora_dist.tracking.picture import square_picture
 
-SCORES_FILE = "scores.json"
 SCORE_COLUMNS = ("model", "domain", "split", "metric", "value", "low", "high", "num_documents")
 ANSWER_COLUMNS = ("domain", "record", "prompt", "reference", "answer", "failure")
 ROWS_PREFIX = "rows-"

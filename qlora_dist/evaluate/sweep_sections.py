@@ -53,11 +53,11 @@ def sweep(run: RunView) -> Section | None:
 
 
 def _trials_table(title: str, trials: list[Row], metric: str) -> list[Table]:
-    """Returns the table of trials, the best first; those that were stopped early come last."""
+    """Returns the table of trials, the best first; of those that were stopped early, whoever came furthest."""
 
     def order(trial: Row) -> tuple[bool, float]:
         value = number(trial.get(metric))
-        return value is None, value or 0.0
+        return value is None, -(number(trial.get("tokens")) or 0.0) if value is None else value
 
     named = [(_label(trial, number), _told(trial)) for number, trial in enumerate(trials)]
     places = sorted(range(len(trials)), key=lambda i: order(trials[i]))

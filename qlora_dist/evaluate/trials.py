@@ -128,7 +128,13 @@ class _Field:
         """Says in words who is chosen and why."""
         best, limit = self.best, f"{self.max_forgetting:g}"
         if not self.allowed:
-            return f"All {len(self.ended)} trials forget more than {limit} bits per byte of general text; it the least."
+            who = f"All {len(self.ended)} trials forget" if len(self.ended) > 1 else "The only trial at its end forgets"
+            least = "; it the least" if len(self.ended) > 1 else ""
+            return f"{who} more than {limit} bits per byte of general text{least}."
+        if len(self.ended) == 1:
+            return f"{best.name} is the only one that came to its end, and forgets at most {limit} bits per byte."
+        if len(self.allowed) == 1:
+            return f"{best.name} is the only one of {len(self.ended)} that forgets at most {limit} bits per byte."
         words = f"{best.name} has the fewest bits per byte of {len(self.allowed)} trials that forget at most {limit}; "
         if self.over and not self.corrected:
             return words + "there are too few documents to say how sure that is."

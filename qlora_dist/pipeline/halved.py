@@ -21,7 +21,7 @@ from qlora_dist.errors import DataError
 from qlora_dist.pipeline.rungs import Rung, Shelf
 from qlora_dist.pipeline.swept import CURVES
 from qlora_dist.pipeline.tracked import tracked
-from qlora_dist.pipeline.winner import keep_adapter, write_verdict
+from qlora_dist.pipeline.winner import adapter_facts, keep_adapter, write_verdict
 from qlora_dist.runtime import Facts, log, log_metrics, quiet_libraries
 from qlora_dist.train.course import METRICS_FILE
 from qlora_dist.train.halving import Halving, Result, rung_steps, rung_tokens, steps_taken
@@ -179,14 +179,16 @@ class _Game:
         ended = {name: documents for name, documents in ended.items() if documents}
         verdict = choose_among(config.trials, ended, self.base, config.domain, config.max_forgetting)
         winner = next(trial for trial in config.trials if trial.name == verdict["winner"])
-        keep_adapter(self.shelf.plan.store.fetch(self.shelf.adapter(winner).id), out)
+        adapter = self.shelf.plan.store.fetch(self.shelf.adapter(winner).id)
+        keep_adapter(adapter, out)
         self._write_curves(out / CURVES)
         rows = {row["trial"]: row for row in verdict["trials"]}
         taken = steps_taken(self.halving)
         told = [self._row(number, rows, steps) for number, steps in sorted(taken.items())]
         whole = sum(s[-1] * t.train.tokens_per_step for s, t in zip(self.halving.steps, config.trials, strict=True))
         verdict |= {"trials": told, "rungs": self._rungs(), "grid_tokens": whole}
-        return write_verdict(out, config.domain, config.trials, verdict)
+        facts = write_verdict(out, config.domain, config.trials, verdict)
+        return facts | {"certificate": adapter_facts(adapter).get("certificate", [])}
 
     def _row(self, number: int, rows: Mapping[str, dict[str, Any]], steps: int) -> dict[str, Any]:
         trial = self.config.trials[number]

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qlora_dist.config.evaluate import EvaluateConfig, Gate
+from qlora_dist.errors import ConfigError
 from qlora_dist.evaluate.compare import compare_models
 from qlora_dist.evaluate.documents import Document, write_documents
 from qlora_dist.evaluate.gate import assess
+from qlora_dist.launch.compose import compose_run
 
 
 def save(folder: Path, change: dict[str, float], seed: int = 0, num_documents: int = 40) -> Path:
@@ -74,6 +77,51 @@ def test_thresholds_come_from_the_config(folders: dict[str, Path]) -> None:
     assert not demanding["ship"]
     lenient = assess(folders, "forgetful", ["legal"], EvaluateConfig(max_forgetting=1.0))["verdict"]
     assert lenient["ship"]
+
+
+def save_scores(folder: Path, **values: float) -> None:
+    rows = [
+        {
+            "domain": domain,
+            "metric": metric,
+            "value": value,
+            "low": value - 0.1,
+            "high": value + 0.1,
+            "num_documents": 12,
+        }
+        for domain in ("legal", "general")
+        for metric, value in values.items()
+    ]
+    (folder / "scores.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("reached", "ships"), [(0.96, True), (0.94, False)])
+def test_form_or_truth_that_the_config_asks_for_is_judged_on_the_domains(
+    folders: dict[str, Path], reached: float, ships: bool
+) -> None:
+    save_scores(folders["merged"], schema_valid=reached)
+    verdict = assess(folders, "merged", ["legal"], EvaluateConfig(min_scores={"schema_valid": 0.95}))["verdict"]
+    (reason,) = [r for r in verdict["reasons"] if "schema_valid" in r["check"]]
+    assert (reason["check"], reason["passed"]) == ("schema_valid reached on legal", ships)
+    assert reason["wanted"] == "schema_valid at least 0.95"
+    assert reason["found"] == f"{reached:.4f} ({reached - 0.1:.4f} to {reached + 0.1:.4f}; documents: 12)"
+    assert verdict["ship"] is ships
+    unasked = assess(folders, "merged", ["legal"], EvaluateConfig(min_scores={"exact_match": 0.1}))["verdict"]
+    assert ("exact_match reached", "not measured") in {(r["check"], r["found"]) for r in unasked["reasons"]}
+    assert not unasked["ship"]
+
+
+def test_least_scores_are_given_by_name() -> None:
+    config = compose_run(["+experiment=smoke", "evaluate.min_scores={schema_valid: 0.95}"])
+    assert config.evaluate.min_scores == {"schema_valid": 0.95}
+    with pytest.raises(ConfigError, match="min_scores"):
+        compose_run(["+experiment=smoke", "evaluate.min_scores={schema_valid: -1}"])
+
+
+def test_divergence_from_the_base_is_a_score_and_not_compared_with_the_base_again(folders: dict[str, Path]) -> None:
+    metrics = {row["metric"] for row in compare_models(folders)}
+    assert "bits_per_byte" in metrics
+    assert "token_kl" not in metrics
 
 
 def test_what_was_not_measured_does_not_ship(folders: dict[str, Path]) -> None:

@@ -172,10 +172,16 @@ def test_adapter_of_shuffled_answers_has_the_form_but_not_the_truth(scored: dict
 
 
 def test_gate_ships_the_good_adapter_and_stops_the_other_two(scored: dict[str, Path]) -> None:
-    verdicts = {name: assess(scored, name, ["facts"], EvaluateConfig())["verdict"] for name in scored if name != "base"}
-    checks = {name: [r["passed"] for r in verdict["reasons"]] for name, verdict in verdicts.items()}
-    assert checks["good"] == [True, True], verdicts["good"]
-    assert checks["hard"][1] is False, verdicts["hard"]
+    told = EvaluateConfig(min_scores={"exact_match": 0.5, "schema_valid": 0.8})
+    verdicts = {name: assess(scored, name, ["facts"], told)["verdict"] for name in scored if name != "base"}
+    checks = {name: {r["check"]: r["passed"] for r in verdict["reasons"]} for name, verdict in verdicts.items()}
+    assert all(checks["good"].values()), verdicts["good"]
+    assert verdicts["good"]["ship"]
+    assert checks["shuffled"]["schema_valid reached on facts"], "it has the form"
+    assert not checks["shuffled"]["exact_match reached on facts"], "and not the truth"
+    assert not checks["hard"]["little forgotten"], verdicts["hard"]
+    assert not verdicts["shuffled"]["ship"]
+    assert not verdicts["hard"]["ship"]
 
 
 def test_terms_of_the_domain_are_likelier_to_the_adapter_that_learned_it(scored: dict[str, Path]) -> None:

@@ -88,6 +88,22 @@ def test_trials_stand_best_first_with_their_intervals_as_a_person_reads_them(swe
     assert not {"low", "high", "over_best_low", "p_holm", "forgets_too_much"} & set(table.columns)
 
 
+def test_trials_that_were_stopped_come_last_whoever_came_furthest_first_and_no_column_is_empty(
+    swept: dict[str, Any],
+) -> None:
+    settings = {"lora_rank": 4, "learning_rate": 1e-3}
+    stopped = [
+        {"trial": f"s{tokens}", **settings, "tokens": tokens, "state": "stopped at 0", "over_best": None}
+        for tokens in (512, 2048, 1024)
+    ]
+    ended = {"trial": "end", **settings, "tokens": 4096, "state": "finished", "validation_bits_per_byte": 2.0}
+    shard = {"label": "legal-0", "winner": "end", "trials": [*stopped, ended]}
+    swept["sweep"] = {"metric": "validation_bits_per_byte", "trials": [], "shards": [shard]}
+    (_, table) = section(swept).tables_of()
+    assert [row[0] for row in table.rows] == ["end", "s2048", "s1024", "s512"]
+    assert "over_best" not in table.columns
+
+
 def test_each_trial_is_drawn_beside_the_best_with_its_paired_interval(swept: dict[str, Any]) -> None:
     drawn = dict(section(swept).figures)
     assert list(drawn) == ["sweep-behind-legal-0", "sweep-rungs-legal-0", "sweep-behind-legal-1", "sweep-rungs-legal-1"]

@@ -51,6 +51,17 @@ def test_a_clear_best_is_chosen_though_it_is_larger():
     assert large["low"] < large["validation_bits_per_byte"] < large["high"]
 
 
+def test_a_trial_without_a_rival_is_said_to_have_none():
+    alone = choose({"r8": documents(1.4)}, {"r8": 8})
+    assert alone["reason"] == "r8 is the only one that came to its end, and forgets at most 0.1 bits per byte."
+    found = {"r4": documents(1.5, general=1.5), "r8": documents(1.6)}
+    assert (
+        choose(found, {"r4": 4, "r8": 8})["reason"] == "r8 is the only one of 2 that forgets at most 0.1 bits per byte."
+    )
+    worst = choose({"r4": documents(1.5, general=1.5)}, {"r4": 4})
+    assert worst["reason"] == "The only trial at its end forgets more than 0.1 bits per byte of general text."
+
+
 def test_of_those_not_distinguishable_from_the_best_the_smallest_is_chosen_and_it_is_said():
     found = {
         "r4": documents(1.401, noise=0.2, seed=1),
