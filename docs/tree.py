@@ -14,9 +14,9 @@ FOLDERS = {
     "conf": "the defaults and the named options of every group, one file an option",
     "launch": "files for people and clusters; no Python",
     "slurm": "site files and examples for people",
-    "tests": "unit/<room>, dist (real processes), pipeline (the real command), launch, browser, gpu",
+    "tests": "unit/<room>, dist (real processes), pipeline (the real command), launch, cluster, browser, gpu",
     "benchmarks": "bench_*.py, and what they measured under results/",
-    "docs": "design.md (the plan of the house), decisions/, log.md (what did not work)",
+    "docs": "design.md (the plan of the house), clusters.md, strategies.md, failures.md, log.md, decisions/",
 }
 
 

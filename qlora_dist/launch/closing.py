@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -46,10 +47,12 @@ def close(plan: Plan) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Closes the run of a frozen plan and returns the exit code."""
-    (address,) = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m qlora_dist.launch.closing", description=__doc__)
+    parser.add_argument("plan", help="the plan's file or URL, as runs/legal/plan.json")
+    args = parser.parse_args(argv)
     quiet_libraries()
     try:
-        return close(read_plan(address))
+        return close(read_plan(args.plan))
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
