@@ -31,7 +31,8 @@ class EvaluateConfig:
 
     Up to `models_per_job` models are scored in one job, on one loaded base.
     `min_gain` and `max_forgetting` are in bits per byte, against the base: on each domain, and on `general`.
-    `min_scores` names shares that the shipped model must reach on each domain that has them, as `{schema_valid: 0.95}`.
+    `min_scores` names shares that the shipped model must reach on each domain that has them
+    (`+evaluate.min_scores.schema_valid=0.95`).
     """
 
     split: str = "test"

@@ -85,9 +85,12 @@ def _interval(low: object, high: object) -> str | None:
 
 def _add_beside_best(section: Section, shard: Row) -> None:
     """Adds how far each trial is behind the best, with the paired interval: what reaches 0 may be as good."""
-    keys = ("over_best", "over_best_low", "over_best_high")
-    found = [(text(row.get("trial")), *(number(row.get(key)) for key in keys)) for row in mappings(shard.get("trials"))]
-    rows = sorted(((name, v, low, high) for name, v, low, high in found if v is not None), key=lambda row: row[1])
+    rows: list[tuple[str, float, float | None, float | None]] = []
+    for row in mappings(shard.get("trials")):
+        value, low, high = (number(row.get(key)) for key in ("over_best", "over_best_low", "over_best_high"))
+        if value is not None:
+            rows.append((text(row.get("trial")), value, low, high))
+    rows.sort(key=lambda row: row[1])
     if len(rows) < 2:
         return
     label = text(shard.get("label"))

@@ -149,11 +149,11 @@ def _together(found: Mapping[str, list[Row]]) -> Table:
     for label, rows in found.items():
         for row in rows:
             by_check.setdefault(text(row.get("check")), []).append((label, row))
-    rows = []
+    told: list[list[object]] = []
     for check, made in by_check.items():
         failed = [label for label, row in made if row.get("passed") is False]
         said = dict.fromkeys(text(row.get("found")) for _, row in made)
         other = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
         by = f"{len(made) - len(failed)} of {len(made)}" + (f", not {', '.join(failed)}" if failed else "")
-        rows.append([check, f"{next(iter(said))}{other}", not failed, by])
-    return Table(f"All {len(found)} trainings", ["check", "found", "passed", "by"], rows)
+        told.append([check, f"{next(iter(said))}{other}", not failed, by])
+    return Table(f"All {len(found)} trainings", ["check", "found", "passed", "by"], told)

@@ -112,10 +112,10 @@ def test_form_or_truth_that_the_config_asks_for_is_judged_on_the_domains(
 
 
 def test_least_scores_are_given_by_name() -> None:
-    config = compose_run(["+experiment=smoke", "evaluate.min_scores={schema_valid: 0.95}"])
+    config = compose_run(["+experiment=smoke", "+evaluate.min_scores.schema_valid=0.95"])
     assert config.evaluate.min_scores == {"schema_valid": 0.95}
     with pytest.raises(ConfigError, match="min_scores"):
-        compose_run(["+experiment=smoke", "evaluate.min_scores={schema_valid: -1}"])
+        compose_run(["+experiment=smoke", "+evaluate.min_scores.schema_valid=-1"])
 
 
 def test_divergence_from_the_base_is_a_score_and_not_compared_with_the_base_again(folders: dict[str, Path]) -> None:
