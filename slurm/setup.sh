@@ -13,6 +13,12 @@ folder=$(realpath -m "$1") partition=${2:-} checkout=$(cd "$(dirname "$0")/.." &
 for tool in sinfo srun sbatch; do
     command -v $tool >/dev/null || { echo "$tool is not on PATH: run this on a login node of the cluster"; exit 1; }
 done
+state=$(sinfo --noheader --format=%a ${partition:+--partition="$partition"} | sort -u)
+if [[ $state != *up* ]]; then
+    echo "partition ${partition:-(the default one)} is ${state:-not there}; name one that is up: bash $0 $1 PARTITION"
+    sinfo --noheader --format='  %R %a, %D nodes, %G'
+    exit 1
+fi
 for module in ${MODULES:-}; do module load "$module"; done
 
 venv=$folder/qlora_dist-venv

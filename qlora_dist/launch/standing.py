@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,19 @@ class Standing:
 def standings(plan: Plan) -> tuple[list[Standing], str]:
     """Returns where each node of a plan is, and what could not be found out."""
     note, tasks = "", {}
+    finished = plan.store.finished(node.id for node in plan.nodes)
     try:
-        tasks = tasks_by_job(plan)
+        tasks = tasks_by_job(plan, finished)
     except LaunchError as error:
         note = str(error)
-    finished = plan.store.finished(node.id for node in plan.nodes)
     found: dict[str, Standing] = {}
     for node in plan.nodes:
         found[node.id] = _standing(plan, node, tasks.get(node.job), found, node.id in finished)
     return list(found.values()), note
 
 
-def tasks_by_job(plan: Plan) -> dict[str, Task]:
-    """Returns what Slurm knows of each job of a run's last submission, if this very plan's nodes are in it.
+def tasks_by_job(plan: Plan, finished: Set[str]) -> dict[str, Task]:
+    """Returns what Slurm knows of each unfinished job of a run's last submission, if this very plan's nodes are in it.
 
     Raises:
         LaunchError: if Slurm doesn't answer.
@@ -53,9 +53,9 @@ def tasks_by_job(plan: Plan) -> dict[str, Task]:
         return {}
     places, known = submission.places(), {node.id for node in plan.nodes}
     answer_s = float(plan.config["launcher"]["slurm"]["answer_s"])
-    tasks = known_tasks({array for array, _ in places.values()}, answer_s)
-    ours = {job for job, ids in submission.nodes.items() if known.issuperset(ids)}
-    return {job: tasks[place] for job, place in places.items() if job in ours and place in tasks}
+    left = {job for job, ids in submission.nodes.items() if known.issuperset(ids) and not finished >= set(ids)}
+    tasks = known_tasks((place for job, place in places.items() if job in left), answer_s)
+    return {job: tasks[place] for job, place in places.items() if job in left and place in tasks}
 
 
 def _standing(plan: Plan, node: Node, task: Task | None, found: Mapping[str, Standing], is_finished: bool) -> Standing:

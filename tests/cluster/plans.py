@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ S3 = {
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 CLIENT_PORT = 10001
-STAGING = Path("/tmp/qlora-dist-cluster-test")
+STAGING = Path(f"/tmp/qlora-dist-cluster-test-{os.getpid()}")
 """Each node of the Ray sees a folder of its own here, as machines do that share none."""
 LIMIT_S = 400.0
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -10,10 +13,17 @@ SCRIPT = Path(__file__).with_name("slurm-cluster")
 
 
 class SlurmCluster:
-    """A controller and nodes n1, n2 …; inside the `with` block the environment names it."""
+    """A controller and nodes n1, n2 …; inside the `with` block the environment names it.
 
-    def __init__(self, folder: Path, *, nodes: int, cpus: int, port: int = 17817) -> None:
-        self._folder, self._size = folder, ["--nodes", str(nodes), "--cpus", str(cpus), "--port", str(port)]
+    It `remembers`, in an accounting database, what its controller has forgotten, where the packages for it are there.
+    """
+
+    def __init__(self, folder: Path, *, nodes: int, cpus: int) -> None:
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        self.remembers = all(shutil.which(tool, path=path) for tool in ("slurmdbd", "mariadbd"))
+        self._folder = folder
+        self._size = ["--nodes", str(nodes), "--cpus", str(cpus), "--port", str(_free_ports(nodes))]
+        self._size += ["--accounting"] if self.remembers else []
 
     def __enter__(self) -> SlurmCluster:
         self._do("start", *self._size)
@@ -40,8 +50,25 @@ class SlurmCluster:
         """Starts slurmctld again, with what it knew."""
         self._do("start-controller")
 
+    def forget(self) -> None:
+        """Starts the controller anew: it knows no job of before, as after a while."""
+        self._do("forget")
+
     def _do(self, *words: str) -> None:
         subprocess.run([SCRIPT, words[0], "--dir", self._folder, *words[1:]], check=True, stdout=subprocess.DEVNULL)
+
+
+def _free_ports(nodes: int) -> int:
+    """Returns the controller's port: it, two ports before it and one a node after it are free: several may run."""
+    while True:
+        port = random.randint(18000, 32000)  # below those that the system gives away
+        try:
+            for each in range(port - 2, port + nodes + 1):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", each))
+        except OSError:
+            continue
+        return port
 
 
 def said(*argv: str) -> str:

@@ -1,6 +1,8 @@
 """What only a real Slurm shows: a queue that is gone on with, and wrong settings that are refused by the site."""
 
+import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +50,11 @@ def test_a_second_launch_goes_on_with_the_jobs_in_the_queue_and_cancel_ends_them
     assert "waiting" in said_by("status", folder)
     assert "were cancelled" in said_by("cancel", folder)
     assert not queue()
+    told = said_by("status", folder)
+    assert " cancelled " in told
+    if slurm.remembers:
+        slurm.forget()
+        assert said_by("status", folder) == told
 
 
 @pytest.mark.parametrize(
@@ -89,3 +96,28 @@ def test_a_controller_that_is_away_is_named_within_seconds(slurm: SlurmCluster, 
         slurm.start_controller()
     assert code == 1
     assert "Slurm's controller does not answer" in output
+
+
+def test_the_setup_script_has_a_node_try_the_environment_and_says_what_to_run(slurm: SlurmCluster, tmp_path: Path):
+    (tmp_path / "qlora_dist-venv").symlink_to(sys.prefix)
+    done = set_up(tmp_path, "short")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^n1: \d+ cores, 0 GPUs, torch", done.stdout, re.MULTILINE)
+    assert "launcher.slurm.partition=short launcher.slurm.gpus_per_rank=0" in done.stdout
+    for partition, said_there in (("closed", "closed is down"), ("mian", "mian is not there")):
+        done = set_up(tmp_path, partition)
+        assert done.returncode == 1
+        assert f"partition {said_there}; name one that is up" in done.stdout
+    (tmp_path / "qlora_dist-venv").unlink()
+    (tmp_path / "qlora_dist-venv" / "bin").mkdir(parents=True)
+    (tmp_path / "qlora_dist-venv" / "bin" / "python").symlink_to("/bin/false")
+    done = set_up(tmp_path, "short")
+    assert done.returncode == 1
+    assert "Do all nodes see" in done.stdout
+
+
+def set_up(folder: Path, partition: str) -> "subprocess.CompletedProcess[str]":
+    script = Path(__file__).parents[2] / "slurm" / "setup.sh"
+    return subprocess.run(
+        ["bash", script, folder, partition], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )

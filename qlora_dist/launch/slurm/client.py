@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_dist.errors import LaunchError
@@ -12,6 +13,8 @@ FIELDS = "%F|%K|%T|%M|%N|%r"
 """Array, task, state, time, nodes, reason. Text, not --json: its form has changed between versions, this never has."""
 LEFT = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 RUNNING = {"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING"}
+SILENT = ("Unable to contact", "Socket timed out", "Connection refused", "Zero Bytes were", "not connected")
+"""What the commands say of a controller that is away, or goes away while they ask."""
 NO_ANSWER = "Slurm's controller does not answer"
 
 
@@ -63,7 +66,7 @@ def ask(argv: Sequence[str], timeout_s: float) -> str:
         raise SilentError(f"{NO_ANSWER} ({argv[0]}, {timeout_s:g} s). {repair}") from error
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
-        if "Unable to contact" in said or "Socket timed out" in said or "Connection refused" in said:
+        if any(words in said for words in SILENT):
             raise SilentError(f"{NO_ANSWER} ({argv[0]}: {said}). Is it up (scontrol ping)?")
         raise LaunchError(f"{argv[0]} refused: {said}")
     return done.stdout
@@ -103,14 +106,21 @@ def history(ids: Iterable[str], timeout_s: float) -> dict[tuple[str, int], Task]
         said = ask([*command, f"--jobs={','.join(ids)}"], timeout_s)
     except LaunchError:
         return {}
-    return {(task.array, task.index): task for line in said.splitlines() if (task := parse_record(line))}
+    return {(task.array, task.index): task for line in said.splitlines() for task in parse_record(line)}
 
 
-def parse_record(line: str) -> Task | None:
-    """Reads one line of sacct: `123_4|CANCELLED by 0|00:00:03|n1|None`; None for what is no single task."""
+def parse_record(line: str) -> list[Task]:
+    """Reads one line of sacct: `123_4|CANCELLED by 0|00:00:03|n1|None`; `123_[0,2-5%2]` are tasks that never began."""
     cells = line.split("|")
     array, _, index = cells[0].partition("_")
-    if len(cells) != 5 or not index.isdigit():
-        return None
-    reason = "" if cells[4] == "None" else cells[4]
-    return Task(array, int(index), cells[1].split()[0], cells[2], cells[3].replace("None assigned", ""), reason)
+    if len(cells) != 5 or not re.fullmatch(r"\d+|\[[-\d,]+(%\d+)?\]", index):
+        return []
+    state, reason = cells[1].split()[0], "" if cells[4] == "None" else cells[4]
+    time, nodes = re.sub(r"^(00:)?0?(?=\d)", "", cells[2]), cells[3].replace("None assigned", "")
+    return [Task(array, each, state, time, nodes, reason) for each in _indices(index.strip("[]").partition("%")[0])]
+
+
+def _indices(told: str) -> Iterator[int]:
+    for span in told.split(","):
+        first, _, last = span.partition("-")
+        yield from range(int(first), int(last or first) + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qlora_dist.config.launch import LauncherConfig
@@ -106,8 +106,11 @@ class SlurmLauncher:
         self._is_submitted = True
 
     def _look(self) -> None:
-        tasks = known_tasks({array for array, _ in self._places.values()}, self._config.slurm.answer_s)
-        for name, job in self._jobs.items():
+        left = [name for name, state in self._states.items() if not state.has_ended]
+        places = [self._places[name] for name in left if name in self._places]
+        tasks = known_tasks(places, self._config.slurm.answer_s)
+        for name in left:
+            job = self._jobs[name]
             task = tasks.get(self._places[name]) if name in self._places else None
             before = [self._states[other] for other in job.after if other in self._states]
             self._states[name] = self._state(job, task, before)
@@ -141,16 +144,19 @@ def why(task: Task, job: Job) -> str:
     return f"Slurm ended job {task.array}_{task.index}{where} as {task.state} after {task.time}. {repair}"
 
 
-def known_tasks(ids: set[str], answer_s: float) -> dict[tuple[str, int], Task]:
-    """Returns what Slurm knows of some arrays: its queue, then its accounting for what the queue has forgotten.
+def known_tasks(places: Iterable[tuple[str, int]], answer_s: float) -> dict[tuple[str, int], Task]:
+    """Returns what Slurm knows of some tasks: its queue, then its accounting for what the queue has forgotten.
+
+    The queue forgets a task some minutes after its end, though others of its array still run.
 
     Raises:
         LaunchError: as `client.queue`.
     """
-    if not ids:
+    wanted = set(places)
+    if not wanted:
         return {}
-    tasks = queue(sorted(ids), answer_s)
-    forgotten = ids - {array for array, _ in tasks}
+    tasks = queue(sorted({array for array, _ in wanted}), answer_s)
+    forgotten = {array for array, _ in wanted - tasks.keys()}
     return (history(sorted(forgotten), answer_s) if forgotten else {}) | tasks
 
 

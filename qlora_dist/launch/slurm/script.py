@@ -20,6 +20,8 @@ SPARE_S = 30
 """Of the time between the signal and the end, this much is left for what comes after a checkpoint."""
 WAIT_S = 30
 """Once a process of a job has ended the others follow within seconds: after so long srun ends what is left."""
+PATIENCE = 60
+"""How often a controller that does not answer is asked again, every ten seconds or more."""
 LINGER_S = 60
 """Once all that a job makes is there, its processes may still run for so long."""
 
@@ -47,6 +49,7 @@ def sbatch_text(shape: Shape, plan: Path, submission: Path, config: LauncherConf
             lost="true" if shape.processes > 1 else "[ $code -gt 128 ]",
             retries=config.retries,
             most_lives=MOST_LIVES,
+            patience=PATIENCE,
         ),
     ]
     return "\n".join(parts)
@@ -166,10 +169,12 @@ _ENDING = """\
 # What follows. 75: it wrote a checkpoint, and goes on. Killed, or lost another process (76): again, {retries} times.
 # An error of its own would be the same again.
 cd "$logs" || exit $code
+# A controller may be away for a while: it is asked again.
+answer() {{ for _ in {{1..{patience}}}; do timeout 60 "$@" && return; sleep 10; done; return 1; }}
 again() {{  # requeues this task and no other, unless somebody cancelled it meanwhile
-    [ "$(squeue --noheader --jobs="$task" --format=%T)" = RUNNING ] || return
+    [ "$(answer squeue --noheader --jobs="$task" --format=%T)" = RUNNING ] || return
     echo "== $(date -Is) job $task: to be run again"
-    scontrol requeue "$task" && sleep 60
+    answer scontrol requeue "$task" && sleep 60
 }}
 told=$(cat $words 2>/dev/null | grep -o '"exit_code": [0-9]*' | grep -o '[0-9]*$' | sort -u)
 if [ $code -eq 0 ]; then

@@ -132,9 +132,15 @@ def test_slurms_words_are_read():
     assert (task.array, task.index, task.is_waiting, task.reason) == ("12", 3, True, "Dependency")
     assert parse_task("12|3|COMPLETING|0:01|n1|None").is_running
     assert parse_task("12|N/A|RUNNING|0:01|n1|None") is None
-    record = parse_record("12_3|CANCELLED by 0|00:00:03|None assigned|None")
-    assert (record.state, record.nodes, record.has_ended) == ("CANCELLED", "", True)
-    assert parse_record("12_[4-9]|PENDING|00:00:00||None") is None
+    [record] = parse_record("12_3|CANCELLED by 0|00:00:03|None assigned|None")
+    assert (record.state, record.time, record.nodes, record.has_ended) == ("CANCELLED", "0:03", "", True)
+    assert [(task.index, task.state) for task in parse_record("12_[4,6-7%2]|PENDING|00:00:00||None")] == [
+        (4, "PENDING"),
+        (6, "PENDING"),
+        (7, "PENDING"),
+    ]
+    assert parse_record("12|RUNNING|01:02:03|n1|None") == []
+    assert parse_record("12_1|RUNNING|01:02:03|n1|None")[0].time == "1:02:03"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 5400), ("4:00:00", 14400), ("1-12", 129600), ("2:30", 150)])
