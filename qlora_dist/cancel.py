@@ -8,9 +8,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from qlora_dist.errors import LaunchError, QloraDistError
+
+SUBMIT_S = 60.0
+"""How long a launcher may take to end, which first submits what it has begun to."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,16 +36,26 @@ def _cancel(folder: str) -> str:
     from qlora_dist.launch.standing import run_folder
 
     plan, said = run_folder(folder), []
-    ended = cancel_tasks(plan.folder, float(plan.config["launcher"]["slurm"]["answer_s"]))
-    if ended:
-        said.append(f"{ended} jobs were cancelled in Slurm's queue.")
-    if owner := living_owner(plan.folder):
-        if owner.get("host") != socket.gethostname():
-            raise LaunchError(f"{folder} is run by {describe(owner)}: end it there, with kill {owner.get('pid')}.")
+    owner = living_owner(plan.folder)
+    is_here = bool(owner) and owner.get("host") == socket.gethostname()
+    if owner and is_here:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(owner["pid"]), signal.SIGTERM)
         said.append(f"{describe(owner)} was asked to end.")
+        _wait_while(lambda: plan.config["launcher"]["name"] == "slurm" and bool(living_owner(plan.folder)))
+    ended = cancel_tasks(plan.folder, float(plan.config["launcher"]["slurm"]["answer_s"]))
+    if ended:
+        said.insert(0, f"{ended} jobs were cancelled in Slurm's queue.")
+    if owner and not is_here:
+        raise LaunchError(f"{folder} is run by {describe(owner)}: end it there, with kill {owner.get('pid')}.")
     return " ".join(said) or "Nothing of it runs."
+
+
+def _wait_while(submits: Callable[[], bool]) -> None:
+    """Waits for a launcher that may be submitting: what it submits after the queue was emptied would run."""
+    end = time.monotonic() + SUBMIT_S
+    while submits() and time.monotonic() < end:
+        time.sleep(0.2)
 
 
 if __name__ == "__main__":

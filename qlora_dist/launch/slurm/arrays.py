@@ -25,14 +25,15 @@ class Wait:
 
 @dataclass(slots=True)
 class Array:
-    """Jobs of one shape, submitted by one call of sbatch; `tasks` by their index."""
+    """Jobs of one shape, submitted by one call of sbatch; `tasks` by their index, `width` of them at once (0: all)."""
 
     name: str
     shape: str
     tasks: dict[int, Job]
     waits: list[Wait] = field(default_factory=list)
+    width: int = 0
 
-    def indices(self, most_at_once: int = 0) -> str:
+    def indices(self) -> str:
         """Writes its indices as sbatch takes them: `0-3,7%2`."""
         spans: list[list[int]] = []
         for index in sorted(self.tasks):
@@ -41,7 +42,7 @@ class Array:
             else:
                 spans.append([index, index])
         text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-        return f"{text}%{most_at_once}" if most_at_once else text
+        return f"{text}%{self.width}" if self.width else text
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import current_thread, main_thread
 
 from qlora_dist.errors import LaunchError
 
@@ -49,15 +52,32 @@ class Task:
         return not (self.is_waiting or self.is_running)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets an interrupt wait for the end of what is inside: half a submission would be watched and closed by nobody."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    before = {number: signal.signal(number, lambda got, _: came.append(got)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def ask(argv: Sequence[str], timeout_s: float) -> str:
-    """Runs one of Slurm's commands and returns what it says.
+    """Runs one of Slurm's commands, in a session of its own, which no interrupt reaches; returns what it says.
 
     Raises:
         SilentError: if it gives no answer in time.
         LaunchError: if it isn't there, or refuses, with what it said.
     """
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=timeout_s, check=False, start_new_session=True
+        )
     except FileNotFoundError as error:
         repair = "Run this on a login node of the cluster, or set launcher=local."
         raise LaunchError(f"{argv[0]} is not on PATH. {repair}") from error

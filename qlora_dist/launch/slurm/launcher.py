@@ -11,7 +11,8 @@ from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.errors import LaunchError
 from qlora_dist.launch.base import Job, State
 from qlora_dist.launch.slurm.arrays import arrange
-from qlora_dist.launch.slurm.client import SilentError, Task, ask, history, queue
+from qlora_dist.launch.slurm.client import SilentError, Task, ask, history, queue, uninterrupted
+from qlora_dist.launch.slurm.limit import hold_to
 from qlora_dist.launch.slurm.lint import lint, most_tasks
 from qlora_dist.launch.slurm.script import sbatch_text, submit_text, tasks_text
 from qlora_dist.launch.slurm.shape import shape_of
@@ -48,12 +49,14 @@ class SlurmLauncher:
             return
         submission = last_submission(self._plan.folder)
         assert submission is not None
+        folder = self._plan.folder
+        repair = f"Wait for them, or end them: python -m qlora_dist.cancel {folder}; or set name=<other>."
+        if len(submission.ids()) < len(submission.arrays):
+            raise LaunchError(f"{folder}: only a part of its jobs was submitted, {len(living)} are left. {repair}")
         there = {artifact_id for ids in submission.nodes.values() for artifact_id in ids}
         wanted = {self._plan.node(name).id for job in jobs for name in job.nodes}
         if not wanted or wanted - there:
-            folder = self._plan.folder
             what = "is being closed" if not wanted else f"has {len(living)} jobs of another plan in Slurm's queue"
-            repair = f"Wait for them, or end them: python -m qlora_dist.cancel {folder}; or set name=<other>."
             raise LaunchError(f"{folder} {what}. {repair}")
         self._is_submitted = True
         self._places = submission.places()
@@ -90,20 +93,30 @@ class SlurmLauncher:
         jobs = list(self._jobs.values())
         shapes = {job.name: shape_of(job, config) for job in jobs}
         arrays = arrange(jobs, {name: shape.name for name, shape in shapes.items()}, most_tasks(config.slurm.answer_s))
+        hold_to(config.max_parallel, arrays)
         ids = {node.name: node.id for node in self._plan.nodes}
         plan = self._plan.folder / PLAN
         texts = {f"{s.name}.sbatch": sbatch_text(s, plan, folder, config, Path.cwd()) for s in set(shapes.values())}
         texts |= {f"{array.name}.tasks": tasks_text(array, ids) for array in arrays}
-        write_submission(folder, {**texts, SUBMIT: submit_text(arrays, config)}, arrays, ids)
+        write_submission(folder, {**texts, SUBMIT: submit_text(arrays)}, arrays, ids)
         try:
-            ask(["bash", str(folder / SUBMIT)], SUBMIT_S)
+            with uninterrupted():
+                ask(["bash", str(folder / SUBMIT)], SUBMIT_S)
         except LaunchError as error:
-            cancel_tasks(self._plan.folder, config.slurm.answer_s)
-            raise LaunchError(f"{error} What had been submitted was taken back.") from error
+            raise self._taken_back(error) from error
         submission = last_submission(self._plan.folder)
         assert submission is not None and submission.folder == folder
         self._places = submission.places()
         self._is_submitted = True
+
+    def _taken_back(self, error: LaunchError) -> LaunchError:
+        """Cancels what was submitted before sbatch refused; returns the whole complaint."""
+        try:
+            cancel_tasks(self._plan.folder, self._config.slurm.answer_s)
+        except LaunchError:
+            repair = f"Once Slurm answers: python -m qlora_dist.cancel {self._plan.folder}"
+            return LaunchError(f"{error} What had been submitted could not be taken back. {repair}")
+        return LaunchError(f"{error} What had been submitted was taken back.")
 
     def _look(self) -> None:
         left = [name for name, state in self._states.items() if not state.has_ended]

@@ -201,12 +201,12 @@ def _cells(job: Job, node_ids: Mapping[str, str]) -> list[str]:
     return [job.log.stem, nodes, " ".join(word.name for word in job.words) or "-"]
 
 
-def submit_text(arrays: Iterable[Array], config: LauncherConfig) -> str:
+def submit_text(arrays: Iterable[Array]) -> str:
     """Writes the shell text that submits all arrays and notes their ids: run by the launcher, or by hand."""
     lines = []
     for array in arrays:
         waits = ",".join(wait.text() for wait in array.waits)
-        words = [f"--array={array.indices(config.max_parallel)}", *([f'"--dependency={waits}"'] if waits else [])]
+        words = [f"--array={array.indices()}", *([f'"--dependency={waits}"'] if waits else [])]
         lines.append(f"submit {array.name} {' '.join(words)} {array.shape}.sbatch {array.name}.tasks")
     return _SUBMIT + "\n".join(lines) + "\n"
 

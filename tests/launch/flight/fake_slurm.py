@@ -74,6 +74,8 @@ class FakeSlurm:
         self.tasks: list[Task] = []
         self.limit_s = float("inf")
         self.is_silent_until = 0.0
+        self.most_at_once = 0
+        self.most_running = 0
 
     def submit(self, arrays: Sequence[Array]) -> None:
         """Takes arrays, each after those that it waits for."""
@@ -154,10 +156,12 @@ class FakeSlurm:
     def _allocate(self, task: Task) -> None:
         needed = float(min(task.job.cores, self.nodes[0].cores))
         node = next((n for n in self.nodes if n.is_up and n.cores - n.used >= needed), None)
-        if node is None:
+        beside = sum(other.array is task.array for other in self.running())
+        if node is None or beside >= (task.array.width or len(self.tasks)):
             return
         node.used += needed
         task.where, task.state, task.lives = [node], "RUNNING", task.lives + 1
+        self.most_running = max(self.most_running, len(self.running()))
         for word in task.job.words:
             word.unlink(missing_ok=True)
         process = self.world.start(

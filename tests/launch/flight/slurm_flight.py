@@ -8,6 +8,7 @@ from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.launch.base import Machine, State
 from qlora_dist.launch.jobs import make_jobs
 from qlora_dist.launch.slurm.arrays import arrange
+from qlora_dist.launch.slurm.limit import hold_to
 from qlora_dist.launch.slurm.shape import shape_of
 from qlora_dist.pipeline.plan import Node, Plan
 from tests.launch.flight.fake_slurm import FakeSlurm, Task
@@ -31,6 +32,7 @@ def fly_slurm(seed: int, num_faults: int | None = None) -> Flight:
     with simulated(seed) as (world, plan):
         flight, chance, calm = Flight(seed), world.chance, Calm()
         slurm = FakeSlurm(world, plan, NUM_NODES, CORES, retries=LauncherConfig().retries)
+        slurm.most_at_once = chance.choice([0, 0, 1, 2, 3])
         slurm.limit_s = chance.uniform(150, 400) if chance.random() < 0.3 else float("inf")
         for _ in range(chance.randint(0, 5) if num_faults is None else num_faults):
             world.after(chance.uniform(0, FAULTS_UNTIL_S), unless(calm, _drawn_on_slurm(world, slurm)))
@@ -54,13 +56,17 @@ def _run_on_slurm(world: World, plan: Plan, slurm: FakeSlurm, flight: Flight) ->
     finished = plan.store.finished(node.id for node in plan.nodes)
     jobs = make_jobs(plan, [n for n in plan.nodes if n.id not in finished], Machine(cores=2, memory_bytes=1 << 40), 0)
     config = LauncherConfig()
-    slurm.submit(arrange(jobs, {job.name: shape_of(job, config).name for job in jobs}, most_tasks=2))
+    arrays = arrange(jobs, {job.name: shape_of(job, config).name for job in jobs}, most_tasks=2)
+    hold_to(slurm.most_at_once, arrays)
+    slurm.submit(arrays)
     end = world.now + LONGEST_S
     while not slurm.is_idle:
         world.advance(POLL_S)
         if world.now > end:
             flight.wrong.append("the queue never emptied")
             break
+    if slurm.most_at_once and slurm.most_running > slurm.most_at_once:
+        flight.wrong.append(f"{slurm.most_running} jobs ran at once, where {slurm.most_at_once} may")
     return {node.name: _found(plan, node) for node in plan.nodes}
 
 

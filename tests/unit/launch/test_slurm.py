@@ -1,5 +1,6 @@
 """What is submitted to Slurm, held as text; how jobs become arrays; how Slurm's answers are read."""
 
+import random
 import subprocess
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from qlora_dist.config.launch import LauncherConfig, LauncherName
 from qlora_dist.config.slurm import Container, SlurmConfig, seconds_of, slurm_time
 from qlora_dist.errors import ConfigError
 from qlora_dist.launch.base import Job
-from qlora_dist.launch.slurm.arrays import arrange
+from qlora_dist.launch.slurm.arrays import Array, arrange
 from qlora_dist.launch.slurm.client import parse_record, parse_task
+from qlora_dist.launch.slurm.limit import hold_to
 from qlora_dist.launch.slurm.lint import check_shape, parse_nodes
 from qlora_dist.launch.slurm.script import sbatch_text, submit_text
 from qlora_dist.launch.slurm.shape import shape_of
@@ -94,7 +96,7 @@ def arrays_of(jobs: list[Job], most: int = 1000):
 def test_each_adapter_waits_for_its_own_rows_task_by_task():
     arrays = {array.name: array for array in arrays_of(plan_of(1, 3))}
     assert [wait.text() for wait in arrays["adapter_0"].waits] == ["aftercorr:${rows_0}", "afterok:${base_0}"]
-    assert arrays["adapter_0"].indices(2) == "0-2%2"
+    assert arrays["adapter_0"].indices() == "0-2"
     assert [wait.text() for wait in arrays["merged_0"].waits] == ["afterok:${adapter_0}"]
 
 
@@ -124,7 +126,51 @@ def test_thousands_of_jobs_are_a_few_arrays():
 
 def test_jobs_that_bear_failures_wait_for_any_end():
     arrays = arrays_of([job("rows/a"), job("scores/x", "rows/a", any_node=True)])
-    assert "--dependency=afterany:${rows_0}" in submit_text(arrays, LauncherConfig())
+    assert "--dependency=afterany:${rows_0}" in submit_text(arrays)
+
+
+def test_a_limit_over_all_arrays_has_them_follow_each_other():
+    arrays = arrays_of([*plan_of(1, 3), *[job(f"score/{number}") for number in range(9)]])
+    hold_to(4, arrays)
+    told = {array.name: (array.indices(), [wait.text() for wait in array.waits]) for array in arrays}
+    assert told["tokenizer_0"] == ("0%1", [])
+    assert told["score_0"] == ("0-8%3", []), "three permits are enough of what it could use"
+    assert told["base_0"] == ("0%1", ["afterok:${tokenizer_0}"]), "it follows that anyway"
+    assert told["rows_0"][1] == ["afterok:${shards_0}", "afterany:${score_0}"]
+    free = arrays_of(plan_of(1, 3))
+    hold_to(0, free)
+    assert [array.width for array in free] == [0] * len(free)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+@pytest.mark.parametrize("seed", range(2))
+def test_no_more_run_at_once_than_the_limit_says(most: int, seed: int):
+    draw, arrays = random.Random(seed), arrays_of(plan_of(2, 4, 2), most=4)
+    hold_to(most, arrays)
+    left = {array.name: set(array.tasks) for array in arrays}
+    running: dict[tuple[str, int], float] = {}
+    now, highest = 0.0, 0
+    while any(left.values()):
+        now = min(running.values(), default=now)
+        for name, index in [task for task, end in running.items() if end <= now]:
+            left[name].discard(index)
+            del running[name, index]
+        for array in arrays:
+            for index in sorted(left[array.name]):
+                at_once = sum(name == array.name for name, _ in running)
+                if (array.name, index) not in running and at_once < array.width and may_start(array, index, left):
+                    running[array.name, index] = now + draw.uniform(1, 9)
+        highest = max(highest, len(running))
+    assert most / 2 <= highest <= most
+
+
+def may_start(array: Array, index: int, left: dict[str, set[int]]) -> bool:
+    """Says that all that a task waits for has ended, as Slurm reads it."""
+    for wait in array.waits:
+        tasks = {index} if wait.kind == "aftercorr" else set(wait.tasks or left[wait.array])
+        if tasks & left[wait.array]:
+            return False
+    return True
 
 
 def test_slurms_words_are_read():
