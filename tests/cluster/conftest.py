@@ -25,6 +25,13 @@ from tests.cluster.slurm_cluster import SlurmCluster, queue, running, said
 from tests.pipeline.conftest import Workplace, make_workplace
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test of a cluster waits for a whole run there."""
+    for item in items:
+        if item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.timeout(2 * LIMIT_S))
+
+
 @pytest.fixture(scope="session")
 def here(tmp_path_factory):
     """The run of this machine alone, which goes on beside the clusters; one thread a process, as they have."""
@@ -76,14 +83,14 @@ def on_slurm(slurm: SlurmCluster, here, tmp_path_factory) -> ClusterRun:
         task, _ = wait_for(lambda: checkpoints(run.workplace) and running("adapter"))[0]
         run.look()
         said("scancel", "--signal=TERM", task)
-        wait_for(lambda: "to be run again" in logs_of(run.workplace, "adapter"), 90)
+        wait_for(lambda: "to be run again" in logs_of(run.workplace, "adapter"))
         before = checkpoints(run.workplace)
         _, nodes = wait_for(lambda: checkpoints(run.workplace) - before and running("adapter"))[0]
         slurm.crash(nodes[-1])
         slurm.boot(nodes[-1])
         wait_for((run.workplace.run_folder / "summary.json").exists)
-        wait_for(lambda: not queue(), 60)
-        run.watched, _ = watch.communicate(timeout=60)
+        wait_for(lambda: not queue())
+        run.watched, _ = watch.communicate(timeout=LIMIT_S)
     finally:
         watch.kill()
     return run
@@ -119,7 +126,7 @@ def on_ray(ray: RayCluster, here, tmp_path_factory) -> ClusterRun:
         ray.start_node(3)
         output, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, output[-3000:]
-        run.watched, _ = watch.communicate(timeout=60)
+        run.watched, _ = watch.communicate(timeout=LIMIT_S)
     finally:
         watch.kill()
     return run

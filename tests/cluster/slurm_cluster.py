@@ -73,7 +73,7 @@ def _free_ports(nodes: int) -> int:
 
 def said(*argv: str) -> str:
     """Returns what one of Slurm's commands says."""
-    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def queue() -> str:

@@ -1,6 +1,7 @@
 """What only a real Ray shows: trainings that grow with it, no shared folder, and addresses where there is none."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from tests.cluster.plans import CLIENT_PORT, LIMIT_S, LONG, ON_RAY, PLAN, STAGING, TWO_RANKS, ClusterRun, wait_for
 from tests.cluster.ray_cluster import RayCluster
-from tests.pipeline.conftest import make_workplace
+from tests.pipeline.conftest import Workplace, make_workplace
 
 pytestmark = pytest.mark.cluster
 pytest.importorskip("ray", reason="pip install 'qlora_dist[ray]'")
@@ -59,16 +60,21 @@ def test_without_a_shared_folder_a_training_takes_the_processes_that_there_are_a
     assert manifest["execution"]["strategy"]["world_size"] == 2, "as planned"
     assert manifest["facts"]["resumed_after_step"] > 0, "by one process"
     assert manifest["made"]["processes"] == 2, "by both"
+    measure_again(ray, workplace, *recipe, f"launcher.ray.address={ray.address}")
 
 
-def test_a_driver_outside_reaches_a_cluster_by_host_and_port(on_ray: ClusterRun, ray: RayCluster):
-    """It measures the same models on fewer rows: all else is there."""
-    folder = on_ray.workplace.folder
-    again = [*PLAN, "evaluate.max_rows=7", "name=again", *ON_RAY, f"launcher.ray.address={ray.address}"]
-    run = ray.start(on_ray.workplace.command(*again), cwd=folder)
+def test_without_an_address_a_run_has_a_cluster_of_its_own(on_ray: ClusterRun, ray: RayCluster):
+    measure_again(ray, on_ray.workplace, *PLAN)
+
+
+def measure_again(ray: RayCluster, workplace: Workplace, *recipe: str) -> None:
+    """Has the models of a run measured on fewer rows, as a run of its own: all else is there."""
+    again = workplace.command(*recipe, "evaluate.max_rows=7", "name=again", *ON_RAY)
+    run = ray.start(again, cwd=workplace.folder)
     output, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 0, output[-3000:]
-    assert "nodes to run" in output
+    found = re.search(r"(\d+) of (\d+) nodes to run", output)
+    assert found and 0 < int(found[1]) < int(found[2])
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.plans import ON_SLURM, ClusterRun, logs_of, said_by, wait_for
+from tests.cluster.plans import LIMIT_S, ON_SLURM, ClusterRun, logs_of, said_by, wait_for
 from tests.cluster.slurm_cluster import SlurmCluster, queue, said
 from tests.pipeline.conftest import Workplace, make_workplace
 
@@ -32,18 +32,18 @@ def test_a_second_launch_goes_on_with_the_jobs_in_the_queue_and_cancel_ends_them
     names = ["name=held", "seed=5", *ON_SLURM, "launcher.slurm.options=[--hold]"]
     process = workplace.start(*names)
     ids = workplace.folder / "runs" / "held" / "slurm" / "001" / "ids"
-    wait_for(lambda: ids.exists() and "close_0" in ids.read_text(), 90)
+    wait_for(lambda: ids.exists() and "close_0" in ids.read_text())
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130
     assert "The jobs go on" in output
     code, output = workplace.launch(*names, "lora.lora_rank=2")
     assert code == 1
     assert "of another plan in Slurm's queue" in output
     again = workplace.start(*names)
-    wait_for(lambda: "nodes to run" in again.stdout.readline(), 60)
+    wait_for(lambda: "nodes to run" in again.stdout.readline())
     again.send_signal(signal.SIGINT)
-    output, _ = again.communicate(timeout=60)
+    output, _ = again.communicate(timeout=LIMIT_S)
     assert "The jobs go on" in output
     assert [path.name for path in ids.parent.parent.iterdir()] == ["001"]
     folder = str(ids.parent.parent.parent)
