@@ -1,6 +1,7 @@
 """One plan run three times: by this machine alone, on a real Slurm and on a real Ray, where machines and jobs end."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -68,8 +69,9 @@ def slurm(tmp_path_factory):
 def on_slurm(slurm: SlurmCluster, here, tmp_path_factory) -> ClusterRun:
     """One run from submit to report, whose launcher is killed once all is submitted.
 
-    A training is preempted by signal once it has a checkpoint, and a node of a later life, of this or the other
-    training, dies in the middle. It is back at once, so that Slurm itself does not miss it.
+    A training is preempted by signal once it has a checkpoint, and the controller is away when it ends. A
+    node of a later life, of this or the other training, dies in the middle. It is back at once, so that Slurm itself
+    does not miss it.
     """
     run = ClusterRun(make_workplace(tmp_path_factory.mktemp("on_slurm")))
     process = run.workplace.start(*PLAN, *ON_SLURM)
@@ -83,6 +85,10 @@ def on_slurm(slurm: SlurmCluster, here, tmp_path_factory) -> ClusterRun:
         task, _ = wait_for(lambda: checkpoints(run.workplace) and running("adapter"))[0]
         run.look()
         said("scancel", "--signal=TERM", task)
+        wait_for(lambda: "death signal" in logs_of(run.workplace, "adapter"))
+        slurm.stop_controller()
+        wait_for(lambda: re.search("Unable to contact|to be run again", logs_of(run.workplace, "adapter")))
+        slurm.start_controller()
         wait_for(lambda: "to be run again" in logs_of(run.workplace, "adapter"))
         before = checkpoints(run.workplace)
         _, nodes = wait_for(lambda: checkpoints(run.workplace) - before and running("adapter"))[0]
