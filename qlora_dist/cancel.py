@@ -37,7 +37,7 @@ def _cancel(folder: str) -> str:
 
     plan, said = run_folder(folder), []
     owner = living_owner(plan.folder)
-    is_here = bool(owner) and owner.get("host") == socket.gethostname()
+    is_here = owner is not None and owner.get("host") == socket.gethostname()
     if owner and is_here:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(owner["pid"]), signal.SIGTERM)
