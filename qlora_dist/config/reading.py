@@ -26,15 +26,18 @@ def unread(config: Any, *, execution: bool = False, key: str = "") -> list[str]:
 
     Args:
         config: what `watched` returned.
-        execution: asks for the fields that say how or where instead of those that say what is made.
+        execution: asks for the fields that say how or where instead of those that say what is made; all that lies
+            under such a field is of its kind.
         key: goes before each name.
     """
     found = []
     for field in dataclasses.fields(config):
         value, name = object.__getattribute__(config, field.name), f"{key}.{field.name}" if key else field.name
+        is_execution = bool(field.metadata.get("execution"))
         if dataclasses.is_dataclass(value):
-            found += unread(value, execution=execution, key=name)
-        elif bool(field.metadata.get("execution")) is execution and value != _default(field):
+            own = [execution] if not is_execution else [False, True] if execution else []
+            found += [k for kind in own for k in unread(value, execution=kind, key=name)]
+        elif is_execution is execution and value != _default(field):
             found += [name] if field.name not in object.__getattribute__(config, "_read") else []
     return found
 

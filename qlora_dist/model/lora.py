@@ -29,12 +29,17 @@ def attach_lora(model: Any, lora: LoraConfig) -> Any:
     """Returns the model with fresh float32 LoRA factors, drawn from torch's current seed.
 
     Raises:
-        ConfigError: if `lora.target_modules` names a layer that the model has not.
+        ConfigError: if `lora.target_modules` names a layer that the model has not, or its head.
     """
     import peft
 
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if "Linear" in type(module).__name__}
+    head = model.get_output_embeddings()
+    layers = {name.rsplit(".", 1)[-1]: m for name, m in model.named_modules() if "Linear" in type(m).__name__}
+    linear = {name for name, module in layers.items() if module is not head}
     for name in lora.target_modules:
+        if name in layers and name not in linear:
+            wanted = "linear layers of the decoder: the head stays as it is, and its loss is computed in chunks"
+            raise bad_value("lora.target_modules", name, wanted)
         if name not in linear:
             raise bad_value("lora.target_modules", name, "a linear layer of the base", nearest(name, linear))
     return peft.get_peft_model(model, peft_config(lora))

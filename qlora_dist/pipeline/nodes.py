@@ -14,6 +14,7 @@ from qlora_dist.config.data import DomainConfig
 from qlora_dist.config.export import ExportFormat
 from qlora_dist.config.fields import everything
 from qlora_dist.config.merge import CALIBRATED, MergeMethod
+from qlora_dist.config.model import Quantization
 from qlora_dist.config.run import RunConfig
 from qlora_dist.config.sweep import SweepName
 from qlora_dist.config.train import Method
@@ -274,6 +275,8 @@ def unread_keys(config: RunConfig, keys: Iterable[str]) -> list[str]:
         unread["model.revision"] = "the embedded base has no revision"
     if config.train.method is Method.full:
         unread |= {f"{group}.": "train.method=full" for group in ("lora", "merge", "export")}
+    if config.model.quantization is Quantization.none:
+        unread["model.double_quant"] = "model.quantization=none"
     if not config.merge.compare:
         unread |= {"merge.scales": "merge.compare is empty", "merge.max_forgetting": "merge.compare is empty"}
     return [

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from qlora_dist.config.train import Method
-from qlora_dist.model.quantize import linear4bit_modules
 from qlora_dist.train.batches import IGNORED
 from qlora_dist.train.certificate import Certificate
 from qlora_dist.train.checks import (
@@ -47,8 +46,9 @@ class Examination:
         from peft.tuners.lora import LoraLayer
 
         check_dtypes(self.certificate, self.model, getattr(torch, config.model.compute_dtype.name))
-        num_layers = sum(isinstance(module, LoraLayer) for module in self.model.modules())
-        check_storage(self.certificate, len(list(linear4bit_modules(self.model))), num_layers, config.model)
+        adapted = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        four_bit = sum(hasattr(module.get_base_layer(), "quant_state") for module in adapted)
+        check_storage(self.certificate, four_bit, len(adapted), config.model)
         self._fingerprint = base_fingerprint(self.model)
 
     def after(self) -> None:

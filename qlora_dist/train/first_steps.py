@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlora_dist.config.model import Quantization
 from qlora_dist.config.reading import unread
 from qlora_dist.config.train import Method
 from qlora_dist.errors import TrainError
@@ -23,7 +24,7 @@ from qlora_dist.train.lanes import Lane
 from qlora_dist.train.step import Stepper, gradient, row_seeds
 
 READ_WITH_THE_BASE = ("model.path", "model.revision", "model.tiny.")
-"""How keys begin that stages `tiny` and `base` have read: a training gets them with the base itself."""
+"""Keys that other stages have read: a training gets what they made of them."""
 
 
 class Watch:
@@ -68,14 +69,16 @@ def check_read(certificate: Certificate, config: Any, is_alone: bool) -> None:
     """Checks, once the first step is taken, that no key was dropped in silence.
 
     Lanes of one job share model and strategy, which the first one's config says: those are looked at where a training
-    is alone. A key that says how or where is only reported, and only there too.
+    is alone. A key that says how or where is only reported, and only there too; so is one that another key makes idle.
     """
-    names = ["model", "strategy"] if is_alone else []
-    names += ["train"] + (["lora"] if config.train.method is Method.lora else [])
+    names = (["model", "strategy"] if is_alone else []) + ["train", "lora"]
     parts = {name: getattr(config, name) for name in names}
     left = [k for name, part in parts.items() for k in unread(part, key=name) if not k.startswith(READ_WITH_THE_BASE)]
     idle = [k for name, part in parts.items() for k in unread(part, execution=True, key=name) if is_alone]
-    idle = [key for key in idle if not key.startswith(READ_WITH_THE_BASE)]
+    idle = [k for k in left if k.startswith(made_idle(config))] + [
+        k for k in idle if not k.startswith(READ_WITH_THE_BASE)
+    ]
+    left = [k for k in left if k not in idle]
     certificate.require(
         "no config key is left unread",
         not left,
@@ -85,6 +88,13 @@ def check_read(certificate: Certificate, config: Any, is_alone: bool) -> None:
         + (f"; without effect here: {', '.join(idle)}" if idle else ""),
         "This training would ignore it: leave it out, or choose a strategy that knows it.",
     )
+
+
+def made_idle(config: Any) -> tuple[str, ...]:
+    """Returns the beginnings of keys that another key of this config leaves nothing to say."""
+    if config.train.method is Method.full:
+        return ("lora.", "model.quantization", "model.double_quant")
+    return ("model.double_quant",) if config.model.quantization is Quantization.none else ()
 
 
 def rows_digest(lane: Lane, step: int) -> int:
