@@ -75,10 +75,11 @@ def check_rejects(domain: str, parts: Sequence[Path], max_share: float) -> Facts
     total: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
+    replaced: Counter[str] = Counter()
     for part in parts:
         counts = read_counts(part)
-        reasons.update(counts["reasons"])
-        kinds.update(counts["kinds"])
+        for name, counter in (("reasons", reasons), ("kinds", kinds), ("replaced", replaced)):
+            counter.update(counts[name])
         total.update({name: counts[name] for name in ("kept", "broken", "dropped", "bytes")})
     examples = total["kept"] + total["broken"] + total["dropped"]
     if reasons[UNREADABLE] and max_share < 1:
@@ -92,7 +93,8 @@ def check_rejects(domain: str, parts: Sequence[Path], max_share: float) -> Facts
             f"domain {domain}: {total['broken']} of {examples} examples can't be used, more than "
             f"max_reject_share={max_share:g}. The first:{shown}\n{repair}"
         )
-    return {**total, "kinds": dict(sorted(kinds.items())), "reasons": dict(sorted(reasons.items()))}
+    found = {"kinds": kinds, "reasons": reasons, "replaced": replaced}
+    return {**total, **{name: dict(sorted(counter.items())) for name, counter in found.items()}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.config.data import CleanConfig, Deduplicate, SplitConfig
+from qlora_dist.config.data import CleanConfig, Deduplicate, Pii, SplitConfig
 from qlora_dist.data.blocks import blocks_of
 from qlora_dist.data.integrity import check_splits, own_text
 from qlora_dist.data.overlap import Overlap
@@ -128,6 +128,13 @@ def test_too_many_broken_lines_are_an_error_that_lists_them(corpus: Make) -> Non
     assert "000.jsonl:91: broken JSON" in says
     assert "000.jsonl:92: wrong type (text: expected text, found int)" in says
     assert len(corpus(examples, name="lenient", max_reject_share=0.1).records().splits().rejects("records-0")) == 10
+
+
+def test_personal_data_that_was_replaced_is_counted_over_all_parts(corpus: Make) -> None:
+    examples = [{"text": f"{sentence(i, 200)} mail a{i}@b.example"} for i in range(100)]
+    made = corpus(examples, clean=CleanConfig(pii=Pii.patterns), part_bytes=2**16).records().splits()
+    assert len(made.parts()) > 1
+    assert made.facts["splits"]["replaced"] == {"EMAIL": 100}
 
 
 def test_records_dropped_by_wish_do_not_count_as_broken(corpus: Make) -> None:
