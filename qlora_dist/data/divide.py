@@ -11,15 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_dist.data.formats import (
-    BOM,
-    COMPRESSED,
-    DELIMITERS,
-    DOCUMENT_BYTES,
-    end_of_document,
-    row_group_starts,
-    suffix,
-)
+from qlora_dist.data.formats import DOCUMENT_BYTES, end_of_document
+from qlora_dist.data.opening import BOM, COMPRESSED, suffix
+from qlora_dist.data.tables import delimiter, row_group_starts
 
 SCANNED_BYTES = 2**24
 QUOTE, COMMA, LINE_END, RETURN = b'",\n\r'
@@ -79,7 +73,7 @@ def _csv_records(path: Path, part_bytes: int, size: int) -> list[int]:
     csv module: then the file isn't divided.
     """
     beside = np.zeros(256, dtype=bool)
-    beside[[DELIMITERS[suffix(path)], LINE_END, RETURN, QUOTE]] = True
+    beside[[ord(delimiter(path)), LINE_END, RETURN, QUOTE]] = True
     found: list[int] = []
     start = num_quotes = 0
     with path.open("rb") as file:

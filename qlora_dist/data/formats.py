@@ -7,39 +7,33 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from qlora_dist.data.json_stream import WRAPPED, JsonStream, MalformedError
+from qlora_dist.data.opening import (
+    BOM,
+    COMPRESSED,
+    MAX_EXAMPLE_BYTES,
+    Example,
+    is_utf16,
+    open_bytes,
+    skip_to,
+    span,
+    suffix,
+)
 from qlora_dist.data.record import Reject
-
-Example = tuple[int, Any]
-"""The line (or row, or entry) of a file, counted from 1, and the raw example there."""
-
-MAX_EXAMPLE_BYTES = 64 * 2**20
-"""A single example that is longer is rejected, not read into memory."""
+from qlora_dist.data.tables import as_utf8, read_csv, read_parquet
 
 DOCUMENT_BYTES = 2**22
 """A text file is one document; of a longer one, each such stretch (up to a line end) is."""
 
-BOM = b"\xef\xbb\xbf"
-DELIMITERS = {".csv": ord(","), ".tsv": ord("\t")}
-
 UNREADABLE = "unreadable file"
 """The reason of a reject that stands for the rest of a file."""
-
-COMPRESSED = (".gz", ".zst")
-
-
-def suffix(path: Path) -> str:
-    """Returns a file's format by its name, compression set aside: `corpus.jsonl.gz` is `.jsonl`."""
-    name = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return name.suffix.lower()
 
 
 def read_examples(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
@@ -50,27 +44,18 @@ def read_examples(path: Path, start: int, end: int) -> Iterator[Example | Reject
     """
     reader = READERS[suffix(path)]
     try:
+        if reader is not read_parquet and is_utf16(path):
+            raise ValueError(f"it is UTF-16; {as_utf8('UTF-16')}")
         yield from reader(path, start, end)
     except (OSError, EOFError, ValueError, csv.Error, zlib.error, MemoryError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         yield Reject(file=str(path), line=0, reason=UNREADABLE, detail=reason)
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """Opens a file for reading, decompressed."""
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        import pyarrow
-
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
-    return path.open("rb")
-
-
 def _json_lines(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
     left = end - start if end and path.suffix not in COMPRESSED else None
     with open_bytes(path) as file:
-        number = _skip_to(file, start)
+        number = skip_to(file, start)
         while left is None or left > 0:
             line = file.readline(MAX_EXAMPLE_BYTES + 1)
             if not line:
@@ -95,63 +80,9 @@ def _parsed(path: Path, number: int, line: bytes) -> Example | Reject:
     except RecursionError:
         pass
     except ValueError as error:
-        detail = str(error)[:120]
+        is_array = number == 1 and line.lstrip().startswith(b"[")
+        detail = "an array of examples belongs in a file named .json" if is_array else str(error)[:120]
     return Reject(file=str(path), line=number, reason=reason, detail=detail)
-
-
-def span(path: Path, start: int, end: int) -> BinaryIO:
-    """Opens bytes `start` to `end` of a plain file, or a compressed one whole."""
-    file = open_bytes(path)
-    if path.suffix in COMPRESSED:
-        return file
-    file.seek(start)
-    return cast(BinaryIO, io.BufferedReader(_Span(file, end - start)))
-
-
-class _Span(io.RawIOBase):
-    """The next so many bytes of a file."""
-
-    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
-        self._file, self._left = file, num_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: self._left]
-        read = cast(io.BufferedReader, self._file).readinto(view)
-        self._left -= read
-        return read
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _lines_before(path: Path, start: int) -> int:
-    with path.open("rb") as file:
-        return _skip_to(file, start)
-
-
-def _csv_lines_before(path: Path, start: int) -> int:
-    """Counts lines as the csv module does: a return ends one too."""
-    number, is_after_return = 0, False
-    with path.open("rb") as file:
-        while start > 0 and (block := file.read(min(start, 2**24))):
-            number += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
-            number -= is_after_return and block.startswith(b"\n")
-            is_after_return = block.endswith(b"\r")
-            start -= len(block)
-    return number
-
-
-def _skip_to(file: BinaryIO, start: int) -> int:
-    """Moves to byte `start` and returns the number of lines before it."""
-    number = 0
-    while start > 0 and (block := file.read(min(start, 2**24))):
-        number += block.count(b"\n")
-        start -= len(block)
-    return number
 
 
 def _skip_line(file: BinaryIO) -> int:
@@ -192,67 +123,9 @@ def _are_lines(path: Path) -> bool:
         return False
 
 
-def row_group_starts(path: Path) -> list[int]:
-    """Returns the byte at which each row group of a Parquet file starts, in order; none if they aren't in order."""
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    except (OSError, ValueError):  # a torn file is the reader's matter
-        return []
-    columns = ([group.column(i) for i in range(group.num_columns)] for group in groups)
-    starts = [min(c.dictionary_page_offset or c.data_page_offset for c in each) for each in columns]
-    return starts if starts == sorted(set(starts)) else []
-
-
-def head(path: Path) -> str:
-    """Returns what every piece of a file depends on besides its own bytes: a CSV's header, a Parquet file's schema."""
-    if suffix(path) in DELIMITERS and path.suffix not in COMPRESSED:
-        return repr(_column_names(path))
-    if suffix(path) == ".parquet":
-        import pyarrow.parquet
-
-        return str(pyarrow.parquet.read_schema(path))
-    return ""
-
-
-def _parquet(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        starts = row_group_starts(path) or [0] * file.metadata.num_row_groups
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        chosen = [i for i, at in enumerate(starts) if start <= at < end or not at]
-        number = sum(sizes[: chosen[0]]) if chosen else 0
-        for batch in file.iter_batches(batch_size=256, row_groups=chosen):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-
-
-def _csv(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
-    csv.field_size_limit(MAX_EXAMPLE_BYTES)
-    names = _column_names(path) if start else None
-    before = _csv_lines_before(path, start)
-    with io.TextIOWrapper(span(path, start, end), encoding="utf-8" if start else "utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, names, delimiter=chr(DELIMITERS[suffix(path)]))
-        for row in rows:
-            line = before + rows.line_num
-            if None in row or None in row.values():
-                detail = f"expected {len(rows.fieldnames or [])}"
-                yield Reject(file=str(path), line=line, reason="wrong number of columns", detail=detail)
-            else:
-                yield line, row
-
-
-def _column_names(path: Path) -> list[str]:
-    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="", errors="replace") as file:
-        return next(csv.reader(file, delimiter=chr(DELIMITERS[suffix(path)])), [])
-
-
 def _text(path: Path, start: int, end: int) -> Iterator[Example | Reject]:
-    line = 1 + _lines_before(path, start)
+    with path.open("rb") as file:
+        line = 1 + skip_to(file, start)
     with span(path, start, end) as file:
         while document := file.read(DOCUMENT_BYTES):
             if len(document) == DOCUMENT_BYTES:
@@ -279,9 +152,9 @@ READERS: dict[str, Callable[[Path, int, int], Iterator[Example | Reject]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".parquet": _parquet,
-    ".csv": _csv,
-    ".tsv": _csv,
+    ".parquet": read_parquet,
+    ".csv": read_csv,
+    ".tsv": read_csv,
     ".txt": _text,
     ".md": _text,
 }

@@ -24,7 +24,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "label": ("label",),
     "licence": ("licence", "license"),
 }
-"""The names under which each field is known; the first that is there counts."""
+"""The names under which each field is known, case and blanks set aside; the first that is there counts."""
 
 FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.text: ("text",),
@@ -35,6 +35,9 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     Kind.classification: ("text", "label", "system"),
 }
 """The fields that a kind reads, besides `licence`."""
+
+UNKNOWN = "unknown fields"
+"""The reason of a reject whose columns fit no kind."""
 
 LICENCE_CHARS = 100
 """What is longer is no licence's name."""
@@ -69,7 +72,8 @@ def make_record(raw: Any, kind: Kind = Kind.auto, fields: Mapping[str, str] | No
     if isinstance(raw, str):
         raw = {"text": raw}
     if not isinstance(raw, Mapping):
-        raise UnusableError("not an object", f"expected a JSON object, found {type(raw).__name__}")
+        repair = "; an array of examples belongs in a file named .json" if isinstance(raw, list) else ""
+        raise UnusableError("not an object", f"expected a JSON object, found {type(raw).__name__}{repair}")
     known = {field: raw[column] for field, column in columns(raw, fields or {}).items()}
     kind = detect(known, raw) if kind is Kind.auto else kind
     record = MAKERS[kind](known)
@@ -98,7 +102,7 @@ def detect(known: Raw, raw: Raw) -> Kind:
         if names <= known.keys():
             return kind
     found = sorted(str(name) for name, value in raw.items() if value is not None)
-    raise UnusableError("unknown fields", f"found {', '.join(found[:8]) or 'none'}")
+    raise UnusableError(UNKNOWN, f"found {', '.join(found[:8]) or 'none'}")
 
 
 def columns(raw: Raw, fields: Mapping[str, str]) -> dict[str, str]:
@@ -108,12 +112,23 @@ def columns(raw: Raw, fields: Mapping[str, str]) -> dict[str, str]:
         raw: the example, by its own names.
         fields: the names that were told, which then count alone.
     """
-    found = {}
+    own: dict[Any, Any] = {}
+    for column, value in raw.items():
+        if value is not None:
+            own.setdefault(_plain(column), column)
+    own |= {column: column for column, value in raw.items() if value is not None}
+    found: dict[str, str] = {}
     for field, names in ALIASES.items():
-        told = (fields[field],) if field in fields else names
-        if column := next((name for name in told if raw.get(name) is not None), None):
-            found[field] = column
+        if field in fields:
+            found |= {field: fields[field]} if raw.get(fields[field]) is not None else {}
+        elif known := next((name for name in names if name in own), None):
+            found[field] = own[known]
     return found
+
+
+def _plain(column: Any) -> str:
+    """Returns a column's name as `ALIASES` would write it: `System Prompt` is `system_prompt`."""
+    return str(column).strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _string(known: Raw, name: str, *, optional: bool = False) -> str:
@@ -194,8 +209,10 @@ def _answer(known: Raw, name: str, prompt: list[Message]) -> list[Message]:
 
 
 def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise UnusableError("wrong type" if not isinstance(value, list) else "empty field", name)
+    if not isinstance(value, list):
+        raise UnusableError("wrong type", f"{name}: expected a list of turns, found {type(value).__name__}")
+    if not value:
+        raise UnusableError("empty field", name)
     return [_message(turn, f"{name}[{i}]") for i, turn in enumerate(value)]
 
 

@@ -98,7 +98,11 @@ class Reject:
         return line.encode("utf-8", "backslashreplace").decode()
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return f"{self.place()}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+    def place(self) -> str:
+        """Returns file and line; the file alone where it can't be read at all."""
+        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 def parse_record(line: str | bytes) -> Record:

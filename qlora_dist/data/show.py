@@ -8,6 +8,7 @@ python -m qlora_dist.data.show data/faq.csv --field instruction=frage --field re
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,21 +23,28 @@ from rich.text import Text
 from qlora_dist.config.data import DomainConfig, Kind, SourceConfig
 from qlora_dist.config.stages import RecordsConfig
 from qlora_dist.data.encode import Encoder, tokenizer_digest
-from qlora_dist.data.kinds import FIELDS, UnusableError, columns, make_record
+from qlora_dist.data.kinds import FIELDS, UNKNOWN, UnusableError, columns, make_record
 from qlora_dist.data.record import Record, Reject
 from qlora_dist.data.records import examples
 from qlora_dist.data.rows import Rows, row_order
-from qlora_dist.data.sources import Piece, plan_parts, read_piece
+from qlora_dist.data.sources import Piece, pieces_of, read_piece
 from qlora_dist.data.templates import PLAIN, ChatTemplate
 from qlora_dist.errors import DataError, QloraDistError, bad_value
 
 TRAINED, PROMPT, SPECIAL = "green", "dim", "magenta"
 FIRST_EXAMPLES = 1000
+SHOWN_CHARS = 4000
+"""Of a longer piece of a source's record, the beginning and the end are shown."""
+
+WHOLE_FILES = 2**62
+NEEDED = "messages; or chosen, rejected; or instruction, response; or text, label; or text"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     told = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any text can be shown anywhere
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         if (Path(told.path) / "rows.json").is_file():
@@ -109,7 +117,7 @@ def show_rows(console: Console, folder: Path, tokenizer: Path | None, num: int, 
 def show_source(console: Console, source: SourceConfig, tokenizer: Path | None, num: int) -> None:
     """Prints the first records of a source as the template renders them, then kinds, columns and rejects of many."""
     domain = DomainConfig(sources=[source])
-    files = [file for part in plan_parts(domain, "source") for file in part]
+    files = [str(piece) for piece in pieces_of(0, source, "source", WHOLE_FILES)]
     encoder = Encoder(tokenizer) if tokenizer else None
     kinds: Counter[str] = Counter()
     rejects: list[Reject] = []
@@ -128,9 +136,9 @@ def show_source(console: Console, source: SourceConfig, tokenizer: Path | None, 
         console.print(f"  {line}", style=PROMPT)
     for reason, number in Counter(reject.reason for reject in rejects).most_common():
         first = next(reject for reject in rejects if reject.reason == reason)
-        console.print(
-            f"  {number} x {reason}: first {first.file}:{first.line}" + f" ({first.detail})" * bool(first.detail)
-        )
+        console.print(f"  {number} x {reason}: first {first.place()}" + f" ({first.detail})" * bool(first.detail))
+        if reason == UNKNOWN:
+            console.print(f"    An example needs {NEEDED}. Name its columns: --field instruction=COLUMN ...")
 
 
 def read_columns(files: list[str], source: SourceConfig) -> list[str]:
@@ -190,13 +198,21 @@ def _shown(console: Console, record: Record, encoder: Encoder | None) -> Text:
             else painted(console, encoder, encoded.tokens_N, encoded.trained_N)
         )
     if record.text:
-        return _joined(console, [(record.text, True, False)])
+        return _joined(console, [(_abridged(record.text), True, False)])
     text, spans = ChatTemplate(PLAIN, (("bos_token", ""), ("eos_token", "</s>"))).conversation(record.messages)
     pieces, at = [], 0
     for span in spans:
-        pieces += [(text[at : span.start], False, False), (text[span.start : span.end], True, False)]
+        pieces += [(_abridged(text[at : span.start]), False, False)]
+        pieces += [(_abridged(text[span.start : span.end]), True, False)]
         at = span.end
     return _joined(console, pieces)
+
+
+def _abridged(text: str) -> str:
+    left_out = len(text) - SHOWN_CHARS
+    if left_out <= 0:
+        return text
+    return f"{text[: SHOWN_CHARS // 2]} … {left_out:,} characters … {text[-SHOWN_CHARS // 2 :]}"
 
 
 def _joined(console: Console, pieces: list[tuple[str, bool, bool]]) -> Text:

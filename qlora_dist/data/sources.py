@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,12 @@ from typing import Any
 from qlora_dist.config.data import DomainConfig, SourceConfig, Use
 from qlora_dist.data import installed
 from qlora_dist.data.divide import borders, can_be_divided
-from qlora_dist.data.formats import DELIMITERS, READERS, head, read_examples, suffix
+from qlora_dist.data.formats import READERS, read_examples
 from qlora_dist.data.hub import read_hub
 from qlora_dist.data.kinds import ALIASES
+from qlora_dist.data.opening import suffix
 from qlora_dist.data.record import Reject
+from qlora_dist.data.tables import DELIMITERS, head
 from qlora_dist.errors import DataError, bad_value, nearest
 from qlora_dist.runtime import log
 
@@ -65,6 +68,35 @@ class Piece:
         return cls(int(source), path, int(start), int(end), int(depth or 1))
 
 
+def pieces_of(number: int, source: SourceConfig, key: str, part_bytes: int) -> Iterator[Piece]:
+    """Yields the pieces of a domain's source of this number; `key` is the source's, for messages.
+
+    Raises:
+        ConfigError: if it names nothing that could be read.
+        DataError: if it is empty.
+    """
+    if unknown := next((name for name in source.fields if name not in ALIASES), None):
+        raise bad_value(f"{key}.fields", unknown, f"names of fields ({', '.join(ALIASES)})", nearest(unknown, ALIASES))
+    if source.path.startswith(INSTALLED):
+        name = source.path.removeprefix(INSTALLED)
+        if name not in installed.CORPORA:
+            raise bad_value(f"{key}.path", source.path, f"{INSTALLED}<corpus>", nearest(name, installed.CORPORA))
+        yield Piece(number, source.path)
+    elif _is_hub_id(source.path):
+        if not COMMIT.fullmatch(source.revision):
+            repair = f"Set revision to the commit of {source.path} that you mean, so that every run means the same."
+            raise bad_value(f"{key}.revision", source.revision, "the commit sha of a hub dataset", repair)
+        yield Piece(number, ":".join((HUB[:-1], source.path, source.subset, source.split, source.revision)))
+    else:
+        files = files_of(source, f"{key}.path")
+        if not any(file.stat().st_size for file in files):
+            raise DataError(f"{key}.path={source.path}: empty. A source needs at least one record.")
+        folder = _folder_of(source.path)
+        for file in files:
+            depth = len(file.relative_to(folder).parts) if file.is_relative_to(folder) else 1
+            yield from _file_pieces(number, file, part_bytes, depth)
+
+
 def plan_parts(domain: DomainConfig, key: str = "domain") -> list[list[str]]:
     """Divides a domain's sources into parts of about `part_bytes`, in the order of the sources and of their paths.
 
@@ -83,7 +115,7 @@ def plan_parts(domain: DomainConfig, key: str = "domain") -> list[list[str]]:
         enumerate(domain.sources), key=lambda item: first.index(item[1].use) if item[1].use in first else 2
     )
     for number, source in ordered:
-        for piece in _pieces(number, source, f"{key}.sources[{number}]", domain.part_bytes):
+        for piece in pieces_of(number, source, f"{key}.sources[{number}]", domain.part_bytes):
             if size and size + piece.end - piece.start > domain.part_bytes:
                 parts.append([])
                 size = 0
@@ -129,7 +161,7 @@ def files_of(source: SourceConfig, key: str = "path") -> list[Path]:
     readable = sorted({p.resolve() for p in found if suffix(p) in READERS})
     if not readable:
         types = " ".join(READERS)
-        what = f"Files of a known type ({types}; also .gz and .zst of these) are needed." if found else "Nothing there."
+        what = f"Files of a known type ({types}; also .gz and .zst of these) are needed." if found else _absent(path)
         raise bad_value(key, source.path, "a file, a folder, a glob or a hub id (owner/name)", what)
     if odd := next((p for p in readable if not _is_unicode(p)), None):
         raise bad_value(key, repr(str(odd)), "files with names in UTF-8", "Rename it.")
@@ -139,27 +171,13 @@ def files_of(source: SourceConfig, key: str = "path") -> list[Path]:
     return readable
 
 
-def _pieces(number: int, source: SourceConfig, key: str, part_bytes: int) -> Iterator[Piece]:
-    if unknown := next((name for name in source.fields if name not in ALIASES), None):
-        raise bad_value(f"{key}.fields", unknown, f"names of fields ({', '.join(ALIASES)})", nearest(unknown, ALIASES))
-    if source.path.startswith(INSTALLED):
-        name = source.path.removeprefix(INSTALLED)
-        if name not in installed.CORPORA:
-            raise bad_value(f"{key}.path", source.path, f"{INSTALLED}<corpus>", nearest(name, installed.CORPORA))
-        yield Piece(number, source.path)
-    elif _is_hub_id(source.path):
-        if not COMMIT.fullmatch(source.revision):
-            repair = f"Set revision to the commit of {source.path} that you mean, so that every run means the same."
-            raise bad_value(f"{key}.revision", source.revision, "the commit sha of a hub dataset", repair)
-        yield Piece(number, ":".join((HUB[:-1], source.path, source.subset, source.split, source.revision)))
-    else:
-        files = files_of(source, f"{key}.path")
-        if not any(file.stat().st_size for file in files):
-            raise DataError(f"{key}.path={source.path}: empty. A source needs at least one record.")
-        folder = _folder_of(source.path)
-        for file in files:
-            depth = len(file.relative_to(folder).parts) if file.is_relative_to(folder) else 1
-            yield from _file_pieces(number, file, part_bytes, depth)
+def _absent(path: Path) -> str:
+    """Says that nothing is at a path, and what is there instead: a name like it, or no folder."""
+    missing = next((folder for folder in reversed(path.parents) if not folder.exists()), None)
+    if missing and not glob.has_magic(str(missing)):
+        return f"Nothing there. {missing.absolute()} is no folder."
+    close = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1) if path.parent.is_dir() else []
+    return "Nothing there." + (f" Did you mean {close[0]}?" if close else f" (Looked in {path.parent.absolute()})")
 
 
 def _folder_of(path: str) -> Path:

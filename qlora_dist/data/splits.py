@@ -18,6 +18,7 @@ from qlora_dist.data.blocks import Block, blocks_of, join_files
 from qlora_dist.data.decide import LEFT_OUT, SPLITS, Decisions, decide, fill_held_out
 from qlora_dist.data.formats import UNREADABLE
 from qlora_dist.data.integrity import check_splits
+from qlora_dist.data.kinds import UNKNOWN
 from qlora_dist.data.overlap import Overlap
 from qlora_dist.data.record import Record, Reject, parse_record
 from qlora_dist.data.records import RECORDS, REJECTS, read_counts
@@ -89,6 +90,8 @@ def check_rejects(domain: str, parts: Sequence[Path], max_share: float) -> Facts
         share = total["broken"] / examples
         shown = "".join(f"\n  {reject}" for reject in _first_broken(parts))
         repair = f"Mend the files, or set max_reject_share of domain {domain} above {share:.3g}."
+        if reasons[UNKNOWN]:
+            repair += f" Columns of other names: domain.{domain}.sources[N].fields={{response: COLUMN}}."
         raise DataError(
             f"domain {domain}: {total['broken']} of {examples} examples can't be used, more than "
             f"max_reject_share={max_share:g}. The first:{shown}\n{repair}"

@@ -91,11 +91,11 @@ def test_json_nested_too_deep_is_a_reject(tmp_path: Path, depth: int) -> None:
     assert [item.reason for item in read(whole)] == [UNREADABLE]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.csv"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet"])
 def test_a_torn_file_ends_with_a_reject_that_names_it(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name)
     raw = path.read_bytes()
-    path.write_bytes(raw[: len(raw) // 2] if name != "a.csv" else raw[:2000] + b"\xff\xfe\x00" * 50)
+    path.write_bytes(raw[: len(raw) // 2])
     found = read(path)
     assert found[-1].reason == UNREADABLE
     assert found[-1].file == str(path)
@@ -107,6 +107,53 @@ def test_rows_with_too_many_or_too_few_columns_are_rejected_by_line(tmp_path: Pa
     good, few, many = read(path)
     assert good == (2, {"text": "good", "label": "1"})
     assert [(r.line, r.reason) for r in (few, many)] == [(3, "wrong number of columns"), (4, "wrong number of columns")]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ";"), ("a.csv", "\t"), ("a.csv", "|"), ("a.tsv", ";")])
+def test_a_table_is_read_with_the_delimiter_that_its_header_shows(tmp_path: Path, name: str, delimiter: str) -> None:
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows(
+        [["in,struc;tion", "response"], ["a,b;c\td|e", "x"]]
+    )
+    (tmp_path / name).write_text(text.getvalue(), encoding="utf-8-sig")
+    assert read(tmp_path / name) == [(2, {"in,struc;tion": "a,b;c\td|e", "response": "x"})]
+
+
+def test_a_row_that_is_no_utf8_is_rejected_by_line_and_the_others_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text,note\nGrüße,x\n漢字,y\nAdiós,z\n".encode().replace("ü".encode(), b"\xfc"))
+    bad, *good = read(tmp_path / "a.csv")
+    assert (bad.reason, bad.line) == ("not UTF-8", 2)
+    assert bad.detail == "byte 0xfc; write it as UTF-8, e.g. iconv -f LATIN1 -t UTF-8"
+    assert good == [(3, {"text": "漢字", "note": "y"}), (4, {"text": "Adiós", "note": "z"})]
+    path = written(tmp_path / "torn.csv")
+    path.write_bytes(path.read_bytes()[:2000] + b"\xff\xfe\x00" * 50)
+    *good, bad = read(path)
+    assert [raw for _, raw in good] == ROWS[: len(good)]
+    assert (bad.reason, bad.file) == ("not UTF-8", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "says"),
+    [
+        ("a.csv", "text,label\na,b\n".encode("utf-16"), "it is UTF-16; write it as UTF-8, e.g. iconv -f UTF-16"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "it is UTF-16"),
+        ("a.txt.gz", gzip.compress("words".encode("utf-16")), "it is UTF-16"),
+        ("a.csv", b"text,id,text\na,1,b\n", "two columns are named 'text'"),
+        ("a.csv", b"text,gr\xfc\xdfe\na,b\n", "its header is not UTF-8; write it as UTF-8"),
+    ],
+)
+def test_a_file_that_would_be_read_wrong_is_refused_as_a_whole(
+    tmp_path: Path, name: str, raw: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(raw)
+    [found] = read(tmp_path / name)
+    assert (found.reason, found.place()) == (UNREADABLE, str(tmp_path / name))
+    assert found.detail.startswith(says)
+
+
+def test_an_array_under_the_name_of_json_lines_is_told_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[:2], indent=1))
+    assert read(tmp_path / "a.jsonl")[0].detail == "an array of examples belongs in a file named .json"
 
 
 def test_a_text_file_is_one_document_and_a_huge_one_is_several_that_add_up(tmp_path: Path, monkeypatch: Any) -> None:

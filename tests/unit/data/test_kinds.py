@@ -113,6 +113,14 @@ def test_columns_are_named_for_each_field() -> None:
     assert columns(raw, {"instruction": "frage"}) == {"instruction": "frage", "response": "answer"}
 
 
+def test_names_of_columns_are_known_whatever_their_case_and_blanks() -> None:
+    raw = {"Question": "q", " ANSWER ": "r", "System-Prompt": "s", "id": 3}
+    assert columns(raw, {}) == {"instruction": "Question", "response": " ANSWER ", "system": "System-Prompt"}
+    assert columns({"Text": "no", "text": "yes", "TEXT": None}, {}) == {"text": "text"}
+    assert columns({"Text": "t", "text": None}, {}) == {"text": "Text"}
+    assert columns({"Frage": "q"}, {"instruction": "frage"}) == {}  # what is told is taken by the letter
+
+
 def test_equal_content_has_one_id_wherever_it_stands() -> None:
     a, b = make_record({"prompt": "q", "answer": "r"}), make_record({"instruction": "q", "response": "r"})
     assert a.content_id() == b.content_id() != make_record({"prompt": "q", "answer": "r "}).content_id()

@@ -1,6 +1,9 @@
 """A person sees what is trained: rows of a run, and a source before any run."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,8 +64,10 @@ def test_columns_are_told_by_kind_and_can_be_mapped(tmp_path: Path, capsys: Any)
     path.write_text("id,frage,antwort,license\n1,Wann?,Bald.,CC0\n2,Wo?,Hier.,CC0\n3,,leer,\n")
     assert main([str(path)]) == 0
     assert (
-        "3 x unknown fields: first [faq] :smile:.csv:2 (found antwort, frage, id, license)" in capsys.readouterr().out
-    )
+        "3 x unknown fields: first [faq] :smile:.csv:2 (found antwort, frage, id, license)\n"
+        "    An example needs messages; or chosen, rejected; or instruction, response; or text, label; or text. "
+        "Name its columns: --field instruction=COLUMN ...\n"
+    ) in capsys.readouterr().out
     mapped = ["--field", "instruction=frage", "--field", "response=antwort"]
     assert main([str(path), *mapped]) == 0
     shown = capsys.readouterr().out
@@ -85,6 +90,48 @@ def test_running_text_is_shown_in_passages(tmp_path: Path, capsys: Any) -> None:
     assert "2 text; 0 rejected" in shown
 
 
-def test_a_source_that_is_not_there_is_one_line(capsys: Any) -> None:
-    assert main(["nowhere.jsonl"]) == 2
-    assert capsys.readouterr().err.startswith("source.sources[0].path=nowhere.jsonl: expected a file")
+def test_long_records_are_shown_by_their_beginning_and_end(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.txt").write_text("begin " + "x" * 100_000 + " end")
+    assert main([str(tmp_path / "a.txt")]) == 0
+    shown = capsys.readouterr().out
+    assert "«begin xxx" in shown
+    assert "xxx … 96,010 characters … xxx" in shown
+    assert "xxx end»" in shown
+    assert len(shown) < 5000
+
+
+def test_names_that_are_no_unicode_are_shown_as_escapes_on_any_terminal(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "漢", "\\ud800": 1}\n{"\\ud800": 1}\n')
+    command = [sys.executable, "-m", "qlora_dist.data.show", str(tmp_path / "a.jsonl")]
+    for encoding, han in (("utf-8", "漢"), ("ascii", r"\u6f22")):
+        told = os.environ | {"PYTHONIOENCODING": encoding}
+        shown = subprocess.run(command, env=told, capture_output=True, encoding=encoding, check=True).stdout
+        assert han in shown
+        assert r"not used: \ud800" in shown
+        assert r"(found \ud800)" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "nowhere.jsonl",
+            "expected a file, a folder, a glob or a hub id (owner/name). Nothing there. (Looked in {tmp})",
+        ),
+        ("faq.jsnl", "Nothing there. Did you mean faq.jsonl?"),
+        ("date/faq.jsonl", "Nothing there. {tmp}/date is no folder."),
+        ("*.csv", "Nothing there. (Looked in {tmp})"),
+        ("faq.jsonl", "empty. A source needs at least one record."),
+        ("some/set", "expected the commit sha of a hub dataset"),
+    ],
+)
+def test_a_source_that_is_not_there_is_one_line_that_says_what_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str, says: str
+) -> None:
+    (tmp_path / "faq.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main([name]) > 0
+    told = capsys.readouterr().err
+    assert told.startswith("source.")
+    assert says.format(tmp=tmp_path) in told
+    assert told.count("\n") == 1
