@@ -32,6 +32,7 @@ def presidio_scrubber(language: str, model: str) -> Scrubber:
         ConfigError: if the extra or the model isn't installed.
     """
     try:
+        import tldextract.tldextract as names
         from presidio_analyzer import AnalyzerEngine
         from presidio_analyzer.nlp_engine import NlpEngineProvider
         from spacy.util import is_package
@@ -41,8 +42,9 @@ def presidio_scrubber(language: str, model: str) -> Scrubber:
     if not is_package(model) and not Path(model).expanduser().exists():
         repair = f"Install it with python -m spacy download {model}."
         raise bad_value("clean.pii_model", model, "an installed spaCy model, or its folder", repair)
-    for name in ("presidio-analyzer", "tldextract"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # a suffix list that it can't fetch, it has with it
+    logging.getLogger("presidio-analyzer").setLevel(logging.CRITICAL)
+    # by the list of domains that it has with it: a text becomes the same record with a network and without
+    names.TLD_EXTRACTOR = names.TLDExtract(suffix_list_urls=(), cache_dir=None)
     told = {"nlp_engine_name": "spacy", "models": [{"lang_code": language, "model_name": model}]}
     engine = NlpEngineProvider(nlp_configuration=told).create_engine()
     analyzer = AnalyzerEngine(nlp_engine=engine, supported_languages=[language])

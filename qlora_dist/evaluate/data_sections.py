@@ -19,7 +19,8 @@ TEXT = (
 def data(run: RunView) -> Section | None:
     """Shows records, rejects, shards, token lengths and how full the packed rows are."""
     section = Section("Data", TEXT)
-    section.tables += [t for t in (_records(run), _rejects(run), _shards(run)) if t is not None]
+    tables = (_records(run), _origins(run), _rejects(run), _replaced(run), _shards(run))
+    section.tables += [t for t in tables if t is not None]
     _add_lengths(section, run)
     section.tables += union_table("Packed rows", "rows", list(_rows(run)))
     return section if section.tables else None
@@ -35,6 +36,36 @@ def _records(run: RunView) -> Table | None:
         rows.append([node.label, facts.get("kept"), *counts, left_out, facts.get("dropped"), facts.get("broken"),
                      facts.get("kinds")])  # fmt: skip
     return Table("Records", columns, rows) if rows else None
+
+
+def _origins(run: RunView) -> Table | None:
+    """Counts the records of each source and each licence, by split."""
+    rows: list[list[Any]] = []
+    for node in run.nodes_of("splits"):
+        counts = [mapping(mapping(node.facts.get("splits")).get(part)) for part in PARTS]
+        names = {name: None for found in counts for name in sorted(found) if name.startswith(("source ", "licence "))}
+        for name in sorted(names, reverse=True):
+            kind, _, own = name.partition(" ")
+            shown = _path_of(run, node.label, own) if kind == "source" else own
+            rows.append([node.label, kind, shown, *(found.get(name, 0) for found in counts)])
+    return Table("Where records come from", ["domain", "by", "name", *PARTS], rows) if rows else None
+
+
+def _path_of(run: RunView, domain: str, number: str) -> str:
+    config = mapping(run.config.get("domain")).get(domain) or run.config.get(domain)
+    sources = mapping(config).get("sources")
+    found = (
+        sources[int(number)] if isinstance(sources, list) and number.isdigit() and int(number) < len(sources) else {}
+    )
+    return str(mapping(found).get("path") or number)
+
+
+def _replaced(run: RunView) -> Table | None:
+    """Counts the personal data that were replaced, by what they were."""
+    rows = [
+        [node.label, *pair] for node in run.nodes_of("splits") for pair in mapping(node.facts.get("replaced")).items()
+    ]
+    return Table("Personal data replaced", ["domain", "what", "times"], rows) if rows else None
 
 
 def _rejects(run: RunView) -> Table | None:

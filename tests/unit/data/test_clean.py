@@ -33,6 +33,12 @@ def test_normalising(raw: str, kept: str) -> None:
     assert normalize(raw) == kept
 
 
+def test_text_is_left_as_it_is_where_that_is_wished() -> None:
+    raw = "e\u0301 \t\r\n\n\n\n\n\x07 b "
+    assert clean(make_record(raw), CleanConfig(normalize=False)).text == raw
+    assert clean(make_record(raw), CleanConfig()).text != raw
+
+
 @given(st.text())
 def test_normalising_twice_changes_nothing_more(text: str) -> None:
     assert normalize(normalize(text)) == normalize(text)
@@ -122,6 +128,7 @@ def test_presidio_adds_what_patterns_do_not_know(tmp_path: Path, monkeypatch: py
     rules = [{"label": label, "pattern": name} for label, name in names]
     pipeline.add_pipe("entity_ruler").add_patterns(rules)  # type: ignore[attr-defined]
     pipeline.to_disk(tmp_path / "ruled")
+    monkeypatch.setattr("socket.getaddrinfo", None)  # whoever asked for an address would fail
     config = CleanConfig(pii=Pii.presidio, pii_model=str(tmp_path / "ruled"))
     counts: Counter[str] = Counter()
     text = "Anna Schmidt of Acme, Berlin, born 1970-01-01: SSN 536-90-4399, mail a@b.example, see http://x.example"
@@ -129,6 +136,7 @@ def test_presidio_adds_what_patterns_do_not_know(tmp_path: Path, monkeypatch: py
     told = "<PERSON> of <ORGANIZATION>, <LOCATION>, born 1970-01-01: SSN <US_SSN>, mail <EMAIL>, see http://x.example"
     assert record.text == told
     assert counts == {"PERSON": 1, "ORGANIZATION": 1, "LOCATION": 1, "US_SSN": 1, "EMAIL": 1}
+    assert presidio_scrubber("en", config.pii_model)("mail a@b.co.uk", None) == "mail <EMAIL_ADDRESS>"
     monkeypatch.setattr(presidio, "PIECE_CHARS", 500)
     long = "Anna Schmidt wrote.\n" * 100 + "x" * 1000
     assert presidio_scrubber("en", str(tmp_path / "ruled"))(long, None) == long.replace("Anna Schmidt", "<PERSON>")

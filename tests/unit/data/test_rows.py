@@ -1,6 +1,7 @@
 """Packed rows hold each token once, train what they should, and read back as they were written."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,14 @@ def test_every_token_is_a_target_in_exactly_one_row_and_no_prompt_is(
     assert (rows.segments["start"] + rows.segments["length"] <= row_tokens).all()
 
 
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = sorted(set(range(256)) - set(PRINTABLE))
+BYTES = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+"""The byte that each character stands for in byte-level BPE (Radford et al. 2019)."""
+
+
 def bytes_of(encoder: Encoder, tokens: list[int]) -> bytes:
-    byte = {_letter(b): b for b in range(256)}
-    return bytes(byte[encoder.tokenizer.id_to_token(t)] for t in tokens if t < 256)
-
-
-def _letter(byte: int) -> str:
-    """Returns the character that stands for a byte in byte-level BPE (Radford et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return chr(byte) if byte in printable else chr(256 + [b for b in range(256) if b not in printable].index(byte))
+    return bytes(BYTES[encoder.tokenizer.id_to_token(t)] for t in tokens if t < 256)
 
 
 def test_a_long_text_starts_each_segment_with_bos_and_ends_once(tmp_path: Path, tokenizer: Path) -> None:
@@ -210,6 +210,10 @@ def test_no_byte_depends_on_how_the_work_is_divided(
             done = Corpus(folder / name, domain).records().splits().shards(byte_tokenizer)
             done.rows(byte_tokenizer, shard=1)
         made.append(files_of(done))
+        shards = [(done.folder / "shards" / f"shard-{k}.jsonl").read_bytes().splitlines() for k in range(2)]
+        assert sorted(shards[0] + shards[1]) == sorted(
+            (done.folder / "splits" / "train.jsonl").read_bytes().splitlines()
+        )
     rejects = [sorted(files.pop(Path("splits/rejects.jsonl")).splitlines()) for files in made]
     assert rejects[0] == rejects[1]  # they are listed block by block
     assert made[0] == made[1]
@@ -228,6 +232,16 @@ def test_sources_weigh_as_often_as_they_say_in_training_and_once_held_out(corpus
     assert counts[0.5][0] == pytest.approx(0.5 * train, rel=0.15)
     assert counts[2.5][0] == pytest.approx(2.5 * train, rel=0.1)
     assert counts[0.5][1] == counts[2.5][1] == test
+
+
+def test_each_of_several_sources_has_a_weight_of_its_own(tmp_path: Path, tokenizer: Path) -> None:
+    for s in range(2):
+        lines = "".join(json.dumps({"text": sentence(1000 * s + i)}) + "\n" for i in range(50))
+        (tmp_path / f"{s}.jsonl").write_text(lines)
+    sources = [SourceConfig(path=str(tmp_path / "0.jsonl"), weight=3), SourceConfig(path=str(tmp_path / "1.jsonl"))]
+    made = Corpus(tmp_path / "made", DomainConfig(sources=sources, split=ALL)).records().splits()
+    taken = Counter(record["source"].partition(":")[0] for record in made.rows(tokenizer, row_tokens=256).records)
+    assert taken == {"0.jsonl": 150, "1.jsonl": 50}
 
 
 def test_rows_of_an_empty_held_out_set_are_empty_but_training_needs_targets(corpus: Make, tokenizer: Path) -> None:
