@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from qlora_dist.errors import Preempted, QloraDistError
 from qlora_dist.launch.base import Job
 from qlora_dist.launch.slurm.shape import CLOSE
-from qlora_dist.pipeline.close import close_run, ending_of
-from qlora_dist.pipeline.plan import Plan, read_plan
+from qlora_dist.launch.standing import Standing, standings
+from qlora_dist.pipeline.close import Ending, close_run, ending_of
+from qlora_dist.pipeline.plan import Node, Plan, read_plan
 from qlora_dist.runtime import quiet_libraries
 
 ENDED = {"done", "failed", "skipped", "cancelled"}
@@ -31,18 +32,21 @@ def closing_job(plan: Plan, jobs: Sequence[Job]) -> Job:
 
 def close(plan: Plan) -> int:
     """Writes summary, report and what is shipped; returns 75, again later, while a node may still be made."""
-    from qlora_dist.launch.standing import standings
-
     found, _ = standings(plan)
     left = [one.node for one in found if one.state == "running"]
     if left:
         print(f"not closed: {len(left)} nodes have not ended ({', '.join(left[:5])})")
         return Preempted.exit_code
-    states = {one.node: one.state if one.state in ENDED else "cancelled" for one in found}
-    endings = {node.name: ending_of(plan, node, states[node.name], 0.0) for node in plan.nodes}
+    endings = {node.name: _ending(plan, node, one) for node, one in zip(plan.nodes, found, strict=True)}
     summary = close_run(plan, endings)
     print(f"closed: {summary['state']}; {plan.folder / 'report.html'}")
     return 0
+
+
+def _ending(plan: Plan, node: Node, one: Standing) -> Ending:
+    if one.state == "failed" and one.reason:  # Slurm's own word, where the job could leave none
+        return Ending(one.state, 0.0, one.reason)
+    return ending_of(plan, node, one.state if one.state in ENDED else "cancelled", 0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

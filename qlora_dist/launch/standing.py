@@ -11,7 +11,7 @@ from typing import Any
 from qlora_dist.artifacts.owner import living_owner
 from qlora_dist.errors import ArtifactError, LaunchError, Preempted
 from qlora_dist.launch.slurm.client import Task
-from qlora_dist.launch.slurm.launcher import NEVER, known_tasks
+from qlora_dist.launch.slurm.launcher import NEVER, known_tasks, why
 from qlora_dist.launch.slurm.submission import last_submission
 from qlora_dist.pipeline.plan import Node, Plan
 
@@ -86,7 +86,7 @@ def _state(plan: Plan, node: Node, task: Task | None, found: Mapping[str, Standi
     if task and task.state.startswith("CANCELLED"):
         return "cancelled", ""
     if task:
-        return "failed", f"Slurm ended it: {task.state}"
+        return "failed", why(task, node.stage, plan.log_path(node))
     return "waiting", "it goes on from its checkpoint" if word else ""
 
 

@@ -141,19 +141,19 @@ class SlurmLauncher:
             return State.skipped
         if task.state.startswith("CANCELLED"):
             return State.cancelled
-        job.leave_word(why(task, job), 1)
+        job.leave_word(why(task, job.stage, job.log), 1)
         return State.failed
 
 
-def why(task: Task, job: Job) -> str:
+def why(task: Task, stage: str, log: Path) -> str:
     """Says how Slurm ended a job that could not say it itself, and what to do."""
     where = f" on {task.nodes}" if task.nodes else ""
     repairs = {
-        "TIMEOUT": f"Raise launcher.timeout_s.{job.stage} or launcher.slurm.time.",
+        "TIMEOUT": f"Raise launcher.timeout_s.{stage} or launcher.slurm.time.",
         "OUT_OF_MEMORY": "Raise launcher.slurm.memory (or light_memory).",
         "NODE_FAIL": "Look at that node; the same command goes on from the last checkpoint.",
     }
-    repair = repairs.get(task.state, f"See {job.log}, and Slurm's own words in {job.log.parent.parent / 'slurm'}.")
+    repair = repairs.get(task.state, f"See {log}, and Slurm's own words in {log.parent.parent / 'slurm'}.")
     return f"Slurm ended job {task.array}_{task.index}{where} as {task.state} after {task.time}. {repair}"
 
 
