@@ -146,6 +146,8 @@ class _Field:
             return "none is smaller."
         if cheapest in self.allowed and self.corrected.get(cheapest.name, 0.0) >= LEVEL:
             cheap = f"it is not distinguishable from the cheapest, {self._told(cheapest)}"
+            if chosen is cheapest:
+                return f"{cheap}, which is preferred."
         else:
             cheap = f"the cheapest is worse, {self._told(cheapest)}"
             if cheapest not in self.allowed:

@@ -188,7 +188,7 @@ def _set_keys(command: str) -> list[str]:
 
 def _say_notes(plan: Plan, console: Console) -> None:
     for note in plan.notes:
-        console.print(Text(f"note: {note}", style="yellow"))
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
 
 def _previous(plan: Plan) -> Plan | None:

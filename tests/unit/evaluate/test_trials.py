@@ -72,6 +72,8 @@ def test_of_those_not_distinguishable_from_the_best_the_smallest_is_chosen_and_i
     assert verdict["best"] == "r64"
     assert verdict["winner"] == "r4"
     assert "not distinguishable from the cheapest, r4 (" in verdict["reason"]
+    assert verdict["reason"].endswith("), which is preferred.")
+    assert verdict["reason"].count("r4") == 1, "it is said once"
 
 
 def test_the_cheapest_that_is_spoken_of_is_the_best_of_its_size():
