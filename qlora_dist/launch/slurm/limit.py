@@ -21,12 +21,14 @@ def hold_to(most: int, arrays: Sequence[Array]) -> None:
     """
     holders: list[list[str]] = [[] for _ in range(most)]
     ended: dict[str, set[str]] = {}
+    order = [array.name for array in arrays]
     for array in arrays if most else ():
         before = ended[array.name] = _ended_before(array, ended)
         free = [permit for permit in range(most) if before.issuperset(holders[permit])]
         wanted = min(most, len(array.tasks))
         if 2 * len(free) < wanted:
-            free += [permit for permit in range(most) if permit not in free]
+            held = [permit for permit in range(most) if permit not in free]
+            free += sorted(held, key=lambda permit: order.index(holders[permit][-1]))  # the next to be free
         taken = free[:wanted]
         array.width = len(taken)
         late = {holder for permit in taken for holder in holders[permit]} - before

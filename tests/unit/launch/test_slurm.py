@@ -136,7 +136,14 @@ def test_a_limit_over_all_arrays_has_them_follow_each_other():
     assert told["tokenizer_0"] == ("0%1", [])
     assert told["score_0"] == ("0-8%3", []), "three permits are enough of what it could use"
     assert told["base_0"] == ("0%1", ["afterok:${tokenizer_0}"]), "it follows that anyway"
-    assert told["rows_0"][1] == ["afterok:${shards_0}", "afterany:${score_0}"]
+    assert told["shards_0"][1] == ["afterok:${tokenizer_0}", "afterany:${score_0}"], "which began before base"
+    assert told["rows_0"] == ("0-2%3", ["afterok:${shards_0}"]), "all of whose permits have come free with it"
+    late = arrays_of([job("rows/a"), job("tiny/a"), job("adapter/a", "tiny/a"), job("adapter/b", "rows/a", "tiny/a")])
+    hold_to(2, late)
+    assert [wait.text() for wait in late[-1].waits] == ["afterok:${rows_0}", "afterok:${tiny_0}"]
+    late = arrays_of([job("rows/a"), job("tiny/a"), job("adapter/a", "tiny/a"), job("score/b", "tiny/a")])
+    hold_to(2, late)
+    assert [wait.text() for wait in late[-1].waits] == ["afterok:${tiny_0}", "afterany:${rows_0}"], "not the adapter"
     free = arrays_of(plan_of(1, 3))
     hold_to(0, free)
     assert [array.width for array in free] == [0] * len(free)
