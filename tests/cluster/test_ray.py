@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -64,13 +65,14 @@ def test_without_a_shared_folder_a_training_takes_the_processes_that_there_are_a
 
 
 def test_without_an_address_a_run_has_a_cluster_of_its_own(on_ray: ClusterRun, ray: RayCluster):
-    measure_again(ray, on_ray.workplace, *PLAN)
+    with TemporaryDirectory(prefix="rl", dir="/tmp") as own:  # short, since paths of sockets end at 107 characters
+        measure_again(ray, on_ray.workplace, *PLAN, RAY_TMPDIR=own)
 
 
-def measure_again(ray: RayCluster, workplace: Workplace, *recipe: str) -> None:
+def measure_again(ray: RayCluster, workplace: Workplace, *recipe: str, **environment: str) -> None:
     """Has the models of a run measured on fewer rows, as a run of its own: all else is there."""
     again = workplace.command(*recipe, "evaluate.max_rows=7", "name=again", *ON_RAY)
-    run = ray.start(again, cwd=workplace.folder)
+    run = ray.start(again, cwd=workplace.folder, **environment)
     output, _ = run.communicate(timeout=LIMIT_S)
     assert run.returncode == 0, output[-3000:]
     found = re.search(r"(\d+) of (\d+) nodes to run", output)
