@@ -28,6 +28,7 @@ from qlora_dist.data.rows import Rows, row_order
 from qlora_dist.errors import ModelError
 from qlora_dist.model.base import load_model, open_base
 from qlora_dist.model.peft_folder import Factors, PeftFolder
+from qlora_dist.runtime import Progress
 from qlora_dist.runtime import device as default_device
 
 _GRAM_BYTES = 2**31  # of all Gram matrices that are held at a time; more modules take another pass over the rows
@@ -72,10 +73,12 @@ def learn_weights(
     parts = read_parts(adapters)
     shape = (len(parts), len(adapters)) if merge.learned_per is LearnedPer.module else (len(adapters),)
     batches = [batch for part in rows for batch in batches_of(part, merge.calibration_rows, merge.seed)]
+    progress = Progress(merge.steps * len(batches), "batch")
 
     def loss(weights_W: torch.Tensor) -> torch.Tensor:
         value, gradient_W = 0.0, torch.zeros_like(weights_W)
         for batch in batches:  # one graph at a time: memory is that of one batch
+            progress.update(progress.done + 1)
             with mixture(model, parts, weights_W.view(shape)):
                 one = completion_loss(model, batch) / len(batches)
             gradient_W += torch.autograd.grad(one, weights_W)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m qlora_dist.adapters.merge"
 ADAPTER_FILE, SUMMARY_FILE = "adapter_config.json", "summary.json"
-CHOSEN_STAGES = ("winner", "halved")
-"""Of a swept run, the stages that leave the adapter that was chosen for a shard."""
+CHOSEN_STAGES, TRAINED_STAGES = ("winner", "halved"), ("adapter", "worker")
+"""The stages that leave a shard's adapter: of a swept run the one that was chosen, else the one that was trained."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_args(with_negative_weights(sys.argv[1:] if argv is None else argv))
     quiet_libraries()
     try:
         folders = find_folders(arguments.adapters)
         config = merged_config(arguments, list(folders))
-        with whole_folder(Path(arguments.out)) as aside:
+        with whole_folder(Path(arguments.out)) as aside, told_as_options():
             facts = merge_adapters(config, folders | calibration(arguments, list(folders)), aside)
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,6 +75,24 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def with_negative_weights(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with `--weights -0.5,1.5` in one: argparse would take the numbers for an option."""
+    joined = list(arguments)
+    for i in reversed(range(len(joined) - 1)):
+        if joined[i] == "--weights" and re.match(r"-[\d.]", joined[i + 1]):
+            joined[i : i + 2] = [f"--weights={joined[i + 1]}"]
+    return joined
+
+
+@contextmanager
+def told_as_options() -> Iterator[None]:
+    """Names the config's keys as this command's options in what it says of a mistake."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"\bmerge\.([a-z]+)=", r"--\1=", str(error))) from None
+
+
 def find_folders(arguments: Sequence[str]) -> dict[str, Path]:
     """Returns the PEFT folders that the arguments name, by label: a run's own, else the folder's name.
 
@@ -107,7 +126,7 @@ def _folders_of_run(run: Path) -> list[tuple[str, Path]]:
     """Returns a run's adapters by the labels of their shards: of a sweep those that were chosen."""
     nodes = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))["nodes"]
     chosen = [n for n in nodes if n["stage"] in CHOSEN_STAGES]
-    found = chosen or [n for n in nodes if n["stage"] == "adapter"]
+    found = chosen or [n for n in nodes if n["stage"] in TRAINED_STAGES]
     return [(n["label"], Path(n["folder"])) for n in found if "folder" in n]
 
 
@@ -135,10 +154,8 @@ def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> Merge
             name: getattr(arguments, name) for name in ("scale", "rank", "energy", "density", "drop", "seed", "workers")
         },
     )
-    try:
+    with told_as_options():
         check(merge, "merge")
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("merge.", "--")) from None
     return MergedConfig(merge=merge, shard_weights=given, model=ModelConfig() if arguments.base else None)
 
 
@@ -185,8 +202,6 @@ def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) ->
     """Prints the parts, how they relate, what was kept, and the command to type next."""
     from rich.table import Table
 
-    from qlora_dist.model.adapter import PROVENANCE_FILE, read_provenance
-
     table = Table(title=f"{facts['method']} of {len(folders)} adapters, {facts['num_modules']} modules")
     table.add_column("adapter", overflow="fold")
     for name in ("weight", "rank", "tokens", "‖ΔW‖"):
@@ -207,6 +222,13 @@ def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) ->
         f" energy kept {facts['energy_kept']:.2%}, cross energy {facts['cross_energy']:+.1%}",
         highlight=False,
     )
+    show_result(out, console)
+
+
+def show_result(out: Path, console: Console) -> None:
+    """Prints where the adapter is, and the command to type next."""
+    from qlora_dist.model.adapter import PROVENANCE_FILE, read_provenance
+
     console.print(f"written: {out} (a PEFT folder; its parts stand in {MERGE_FILE})", highlight=False, soft_wrap=True)
     known = read_provenance(out).base_path if (out / PROVENANCE_FILE).exists() else "BASE"
     command = ["python", "-m", "qlora_dist.export", str(out), "--base", known, "--to", "hf", "--out", f"{out}-model"]

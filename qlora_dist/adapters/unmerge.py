@@ -99,13 +99,16 @@ def _facts_without(facts: Facts, index: int, factor: float) -> Facts:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qlora_dist.adapters.unmerge", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m qlora_dist.adapters.unmerge",
+        description="Take one part out of an exact merge. The other adapters need not be at hand.",
+    )
     parser.add_argument("merged", metavar="MERGED", help="a folder that method concat wrote")
     parser.add_argument("--part", required=True, help="the label of the part that goes")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the rest goes; must not exist")
     arguments = parser.parse_args(argv)
     quiet_libraries()
-    from qlora_dist.adapters.command import whole_folder
+    from qlora_dist.adapters.command import show_result, whole_folder
 
     try:
         with whole_folder(Path(arguments.out)) as aside:
@@ -113,7 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{arguments.out}: {', '.join(part['label'] for part in facts['parts'])}; without {arguments.part}")
+    from rich.console import Console
+
+    console, left = Console(), ", ".join(f"{part['label']} ({part['weight']:.4g})" for part in facts["parts"])
+    console.print(f"left: {left}; without {', '.join(facts['removed'])}", highlight=False, soft_wrap=True)
+    show_result(Path(arguments.out), console)
     return 0
 
 

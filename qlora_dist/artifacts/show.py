@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from rich.tree import Tree
 from qlora_dist.artifacts.store import MANIFEST, Manifest, Store
 from qlora_dist.errors import ArtifactError, QloraDistError
 
+SUMMARY, SHIPPED = "summary.json", ("merged", "chosen")
+"""The file that closes a run, and the stages of which one makes what it ships."""
 SHOWN_FACTS = (
     "num_records",
     "num_rows",
@@ -30,7 +33,7 @@ SHOWN_FACTS = (
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m qlora_dist.artifacts.show", description=__doc__)
-    parser.add_argument("folder", type=Path, help="a finished artifact: runs/artifacts/<stage>/<label>-<key>")
+    parser.add_argument("folder", type=Path, help="a run, or an artifact: runs/artifacts/<stage>/<label>-<key>")
     parser.add_argument("--verify", action="store_true", help="compare every byte of the ancestry with its digests")
     args = parser.parse_args(argv)
     try:
@@ -44,18 +47,29 @@ def main(argv: list[str] | None = None) -> int:
 def ancestry(folder: Path, *, verify: bool = False) -> Tree:
     """Returns an artifact with all that it was made from; one that appears again is not unfolded again.
 
+    A run's folder, or `adapter/` in it, stands for what the run ships.
+
     Raises:
         ArtifactError: if the folder is no artifact, or one of its ancestors is damaged.
     """
-    folder = folder.resolve()
+    folder = _shipped_by(folder).resolve()
     if not (folder / MANIFEST).is_file():
-        repair = "Name a folder below runs/artifacts/<stage>/; a run's summary.json lists them."
+        repair = "Name a run's folder, or one below runs/artifacts/<stage>/."
         raise ArtifactError(f"{folder} is no finished artifact: it has no {MANIFEST}. {repair}")
     store = Store(folder.parents[1])
     artifact_id = f"{folder.parent.name}/{folder.name}"
     tree = Tree("")
     _grow(tree, store, artifact_id, seen=set(), verify=verify)
     return tree.children[0]
+
+
+def _shipped_by(folder: Path) -> Path:
+    """Returns the artifact that a run ships, for a run's folder or its `adapter/`; any other folder as it is."""
+    run = folder.resolve().parent if folder.name == "adapter" else folder
+    if (folder / MANIFEST).is_file() or not (run / SUMMARY).is_file():
+        return folder
+    nodes = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["nodes"]
+    return next((Path(n["folder"]) for n in nodes if n["stage"] in SHIPPED and "folder" in n), folder)
 
 
 def _grow(parent: Tree, store: Store, artifact_id: str, *, seen: set[str], verify: bool) -> None:

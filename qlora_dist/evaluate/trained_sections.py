@@ -55,7 +55,11 @@ def _points(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
 
 def merge(run: RunView) -> Section | None:
     """Shows what each merge is made of, and how its parts lie to each other."""
-    section = Section("Merge")
+    section = Section(
+        "Merge",
+        "Interference stands as cross_energy: how much larger (+) the parts are together than apart, in squared norm, "
+        "or how much they cancel (−).",
+    )
     for node in run.nodes_of("merged", "chosen"):
         parts = mappings(node.facts.get("parts"))
         names = [str(p.get("label", i)) for i, p in enumerate(parts)]

@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         facts = export(arguments)
     except QloraDistError as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = str(error).replace("model.revision=", "--revision=").replace("model.path=", "--base=")
+        print(f"error: {told}", file=sys.stderr)
         return error.exit_code
     show(facts)
     return 0

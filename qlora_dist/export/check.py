@@ -89,7 +89,7 @@ def drift(alone_TV: torch.Tensor, adapted_TV: torch.Tensor, exported_TV: torch.T
     return Drift(
         error=_relative(exported_TV, adapted_TV),
         effect=_relative(alone_TV, adapted_TV),
-        kl=float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+        kl=max(0.0, float((log_p.exp() * (log_p - log_q)).sum(-1).mean())),  # rounding may leave less than nothing
         greedy_agreement=float((adapted_TV.argmax(-1) == exported_TV.argmax(-1)).float().mean()),
     )
 

@@ -131,6 +131,9 @@ class PeftFolder:
         for key in self.file.entries:
             if match := _KEY.match(key):
                 found.setdefault(match["module"], {})[match["factor"]] = key
+            elif ".lora_" in key:
+                what = f"{key} is no factor A or B: the adapter is of a kind of LoRA that isn't W + s B A"
+                raise ModelError(f"{self.path}: {what}. It can't be merged in this way.")
             else:
                 saved.append(key)
         for module, pair in found.items():

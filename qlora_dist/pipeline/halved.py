@@ -97,17 +97,17 @@ class _Game:
         self.base = self._measure("")
         self.halving.seat()
         while self.halving.running:
-            rounds = self.halving.rounds()
-            self._train(rounds)
-            for trial, rung in self.halving.advance(rounds):
+            turns = self.halving.turns()
+            self._train(turns)
+            for trial, rung in self.halving.advance(turns):
                 result = self._result(trial, rung)
                 told = f"{result.value:.4f} bits per byte" if math.isfinite(result.value) else "lost"
                 log.info("%s: %s at rung %d", self.config.trials[trial].name, told, rung)
                 self.halving.record(trial, rung, result)
             self.halving.seat()
 
-    def _train(self, rounds: int) -> None:
-        """Takes so many rounds with the trials that aren't finished at the rung that they run to."""
+    def _train(self, turns: int) -> None:
+        """Takes so many turns with the trials that aren't finished at the rung that they run to."""
         targets = {}
         for number, rung in self.halving.running.items():
             trial, stops = self.config.trials[number], self.halving.steps[number]
@@ -115,7 +115,7 @@ class _Game:
                 continue  # an adapter that a grid, say, has trained is measured when it would have arrived
             if rung:
                 self.shelf.restore(trial, stops[rung - 1], self.race)
-            targets[trial.name] = self.halving.position(number) + rounds
+            targets[trial.name] = self.halving.position(number) + turns
         self.race.train_to(targets)
 
     def _result(self, number: int, rung: int) -> Result:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.config.merge import MergeConfig
+from qlora_dist.config.merge import CALIBRATED, MergeConfig, MergeMethod
 from qlora_dist.config.stages import ChosenConfig, MergedConfig, ScoresConfig
 from qlora_dist.runtime import Facts, clear, log, write_json
 
@@ -28,7 +28,7 @@ def choose_merge(config: ChosenConfig, inputs: Mapping[str, Path], out: Path) ->
 
     Inputs are `base`, one `adapter-<label>` for each part, one `rows-<domain>` of development data for each domain
     and for `general`, and `calibration-<label>`, a part's training rows, for merges that look at them. The parts
-    themselves are candidates too.
+    themselves are candidates too. What an earlier life of this node merged and scored is kept.
 
     Raises:
         ModelError: if the parts can't be merged.
@@ -69,17 +69,34 @@ def candidate_merges(merge: MergeConfig) -> dict[str, MergeConfig]:
 def _merge_all(
     config: ChosenConfig, inputs: Mapping[str, Path], parts: Mapping[str, Path], folder: Path
 ) -> dict[str, Path]:
-    from qlora_dist.adapters.merge import merge_adapters
-
     rows = {ROWS + n.removeprefix(CALIBRATION): path for n, path in inputs.items() if n.startswith(CALIBRATION)}
     given = {**parts, "base": inputs["base"], **rows} if rows else parts
-    merged = {}
+    merged: dict[str, Path] = {}
+    first: dict[MergeMethod, Path] = {}
     for number, (name, merge) in enumerate(candidate_merges(config.merge).items()):
-        merged[name] = folder / str(number)
-        merged[name].mkdir(parents=True)
-        told = MergedConfig(merge=merge, shard_weights=config.shard_weights, model=config.model)
-        merge_adapters(told, given, merged[name])
+        merged[name], aside = folder / str(number), folder / f".{number}.partial"
+        if not merged[name].exists():  # else an earlier life made it
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            _merge_one(config, merge, given, first.get(merge.method), aside)
+            aside.rename(merged[name])
+        if merge.method in CALIBRATED:
+            first.setdefault(merge.method, merged[name])
     return merged
+
+
+def _merge_one(
+    config: ChosenConfig, merge: MergeConfig, inputs: Mapping[str, Path], same: Path | None, out: Path
+) -> None:
+    """Makes one candidate: anew, or out of the same merge at another scale."""
+    from qlora_dist.adapters.merge import merge_adapters
+    from qlora_dist.adapters.scaled import rescale
+
+    if same is not None:
+        rescale(same, merge.scale, out)
+    else:
+        told = MergedConfig(merge=merge, shard_weights=config.shard_weights, model=config.model)
+        merge_adapters(told, inputs, out)
 
 
 def _development_rows(
@@ -91,7 +108,7 @@ def _development_rows(
     evaluate = dataclasses.replace(config.evaluate, split=DEVELOPMENT, max_answers=0, max_rows=config.max_rows)
     told = ScoresConfig(model=config.model, evaluate=evaluate, name=name)
     needs = {key: path for key, path in inputs.items() if key == "base" or key.startswith(ROWS)}
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     score_model(told, needs | ({"adapter": adapter} if adapter else {}), out)
     for line in (out / DOCUMENTS_FILE).read_text(encoding="utf-8").splitlines():
         document = json.loads(line)
@@ -110,6 +127,7 @@ def _keep(out: Path, chosen: Path | None) -> None:
     """Leaves the chosen adapter's files alone in `out`."""
     assert chosen is not None, "the base is no candidate"
     kept = out / ".chosen"
+    shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(chosen, kept, ignore=shutil.ignore_patterns("manifest.json", ".*", "metrics.jsonl"))
     clear(out)
     for path in kept.iterdir():

@@ -97,7 +97,14 @@ STAGES: dict[str, Stage] = {
         Stage("merged_part", told.MergedPartConfig, "qlora_dist.adapters.parts:merge_part"),
         Stage("merged", told.MergedConfig, "qlora_dist.adapters.merge:merge_adapters"),
         Stage("export", told.ExportedConfig, "qlora_dist.export.stage:export_model", loads_model=True),
-        Stage("chosen", told.ChosenConfig, "qlora_dist.pipeline.referee:choose_merge", loads_model=True),
+        Stage(
+            "chosen",
+            told.ChosenConfig,
+            "qlora_dist.pipeline.referee:choose_merge",
+            version=2,
+            loads_model=True,
+            resumes=True,
+        ),
         Stage(
             "scores",
             told.ScoresConfig,

@@ -25,14 +25,14 @@ STATE_FILE, TENSORS_FILE = "state.json", "state.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was found whole: after how many of its lane's steps, in which round of which group of lanes.
+    """A checkpoint that was found whole: after how many of its lane's steps, in which turn of which group of lanes.
 
     `rows` stands for the rows of the lane's next step, as they were to be.
     """
 
     path: Path
     step: int
-    round: int
+    turn: int
     group: str
     rows: int = 0
 
@@ -51,7 +51,7 @@ class Checkpoints:
         self.recipe = recipe_digest(recipe)
 
     def save(
-        self, step: int, tensors: dict[str, torch.Tensor], *, round: int = 0, group: str = "", rows: int = 0
+        self, step: int, tensors: dict[str, torch.Tensor], *, turn: int = 0, group: str = "", rows: int = 0
     ) -> Path:
         """Writes the state after `step` steps aside, syncs it, and renames it into place."""
         from safetensors.torch import save_file
@@ -61,7 +61,7 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside / TENSORS_FILE)
-        state = {"step": step, "round": round, "group": group, "rows": rows, "recipe": self.recipe}
+        state = {"step": step, "turn": turn, "group": group, "rows": rows, "recipe": self.recipe}
         state["sha256"] = file_digest(aside / TENSORS_FILE)
         (aside / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         for file in (aside / TENSORS_FILE, aside / STATE_FILE):
@@ -97,7 +97,7 @@ class Checkpoints:
                 raise _UnusableError("of another recipe")
             if state["sha256"] != file_digest(path / TENSORS_FILE):
                 raise _UnusableError("torn (its bytes are not those that were written)")
-            return Checkpoint(path, int(state["step"]), int(state["round"]), str(state["group"]), int(state["rows"]))
+            return Checkpoint(path, int(state["step"]), int(state["turn"]), str(state["group"]), int(state["rows"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _UnusableError(f"torn ({error})") from error
 

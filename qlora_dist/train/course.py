@@ -92,16 +92,16 @@ def read_end(folder: Path, recipe: dict[str, Any]) -> End | None:
 
 
 def where_to_continue(courses: list[Course], group: str) -> list[Checkpoint | None]:
-    """Returns the checkpoint that each course continues from: of one round if they have one in common, else its newest.
+    """Returns the checkpoint that each course continues from: of one turn if they have one in common, else its newest.
 
-    Lanes that go on together from the round in which they were together take the same steps to the bit as if nobody
-    had stopped them. A job that was killed while it saved has the round before in common.
+    Lanes that go on together from the turn in which they were together take the same steps to the bit as if nobody
+    had stopped them. A job that was killed while it saved has the turn before in common.
     """
     kept = [course.checkpoints.usable() for course in courses]
-    rounds = [{c.round for c in found if c.group == group} | ({0} if len(found) < 2 else set()) for found in kept]
-    common = set.intersection(*rounds) if rounds else set()
+    turns = [{c.turn for c in found if c.group == group} | ({0} if len(found) < 2 else set()) for found in kept]
+    common = set.intersection(*turns) if turns else set()
     is_one_group = all(c.group == group for found in kept for c in found)
     if not common or not is_one_group:
         return [found[0] if found else None for found in kept]
     newest = max(common)
-    return [next((c for c in found if c.round == newest), None) for found in kept]
+    return [next((c for c in found if c.turn == newest), None) for found in kept]

@@ -2,7 +2,7 @@
 
 The rule is ASHA's (arXiv 1810.05934, algorithm 2) with rungs in tokens: a trial goes on from a rung when it is among
 the best `1/eta` of those that have reached it; else a free lane takes the next trial. Lanes step together, so what
-is asynchronous there is a matter of counted rounds here: the same results always lead to the same decisions.
+is asynchronous there is a matter of counted turns here: the same results always lead to the same decisions.
 """
 
 from __future__ import annotations
@@ -66,18 +66,18 @@ class Halving:
             self.running[trial] = rung
             self._reached[trial] = rung
 
-    def rounds(self) -> int:
-        """Returns the rounds, one step of each running trial, until the first of them stops at its rung."""
+    def turns(self) -> int:
+        """Returns the turns, one step of each running trial, until the first of them stops at its rung."""
         return min(self.steps[trial][rung] - self._at.get(trial, 0) for trial, rung in self.running.items())
 
     def position(self, trial: int) -> int:
-        """Returns the step at which a trial stands, by the rounds that were counted."""
+        """Returns the step at which a trial stands, by the turns that were counted."""
         return self._at.get(trial, 0)
 
-    def advance(self, rounds: int) -> list[tuple[int, int]]:
-        """Counts rounds; returns each (trial, rung) that has arrived and now waits for `record`, by trial."""
+    def advance(self, turns: int) -> list[tuple[int, int]]:
+        """Counts turns; returns each (trial, rung) that has arrived and now waits for `record`, by trial."""
         for trial, rung in self.running.items():
-            self._at[trial] = min(self._at.get(trial, 0) + rounds, self.steps[trial][rung])
+            self._at[trial] = min(self._at.get(trial, 0) + turns, self.steps[trial][rung])
         return sorted((t, r) for t, r in self.running.items() if self._at[t] == self.steps[t][r])
 
     def record(self, trial: int, rung: int, result: Result) -> None:
@@ -128,7 +128,7 @@ def play(halving: Halving, result_of: Callable[[int, int], Result]) -> Halving:
     """Plays a halving whose results are known beforehand, as (trial, rung) -> result; returns it, ended."""
     halving.seat()
     while halving.running:
-        for trial, rung in halving.advance(halving.rounds()):
+        for trial, rung in halving.advance(halving.turns()):
             halving.record(trial, rung, result_of(trial, rung))
         halving.seat()
     return halving

@@ -40,7 +40,7 @@ def train_adapters(
     Each folder holds its own `metrics.jsonl` (logged too to the sinks that were opened for its label), its own
     `checkpoints/`, and in the end a PEFT folder like that of `train_adapter`. A checkpoint knows no neighbours: a
     node that was stopped in a group continues alone, or in another group, and the other way about. Killed at any
-    moment and run again, lanes that had ended are not trained again, and the others go on from a round that they
+    moment and run again, lanes that had ended are not trained again, and the others go on from a turn that they
     have in common: the same bytes, in the same layout.
 
     Args:

@@ -31,7 +31,7 @@ class Ending(Protocol):
 
 
 Between = Callable[[Sequence[Course], bool], bool]
-"""Is called on every rank alike between rounds, and before a life's first one (then with True). It may replace a
+"""Is called on every rank alike between turns, and before a life's first one (then with True). It may replace a
 course's factors, move its step, or end it; if it did, it says so, and the change is kept in a checkpoint."""
 
 
@@ -44,7 +44,7 @@ class Clock:
     tokens: int = 0
 
     def tokens_per_s(self, tokens: int) -> float:
-        """Adds a round's tokens and returns the mean speed since the start."""
+        """Adds a turn's tokens and returns the mean speed since the start."""
         self.tokens += tokens
         return self.tokens / max(time.monotonic() - self.started, 1e-9)
 
@@ -61,11 +61,11 @@ class Clock:
 class Loop:
     """Trains all lanes to the ends of their budgets, or to a request to stop.
 
-    A round takes one step of every lane that still runs. Each lane counts its own steps, so that lanes that were
+    A turn takes one step of every lane that still runs. Each lane counts its own steps, so that lanes that were
     stopped at different places go on together. A lane whose loss is lost ends alone.
 
     Raises:
-        Preempted: after SIGTERM or SIGUSR2, once the round is finished and every running lane's checkpoint written.
+        Preempted: after SIGTERM or SIGUSR2, once the turn is finished and every running lane's checkpoint written.
     """
 
     stepper: Stepper
@@ -75,22 +75,22 @@ class Loop:
     ending: Ending = lambda ended: None
     between: Between | None = None
     group: str = ""
-    """Names the lanes that are together in this job, so that they continue from a round they have in common."""
-    round: int = 0
+    """Names the lanes that are together in this job, so that they continue from a turn they have in common."""
+    turn: int = 0
     _clock: Clock = field(default_factory=Clock)
 
     def run(self) -> None:
         """Trains until no lane runs."""
         self._resume()
-        last = max((c.lane.budget.num_steps - c.step for c in self.courses), default=0) + self.round
+        last = max((c.lane.budget.num_steps - c.step for c in self.courses), default=0) + self.turn
         progress = Progress(last)
-        progress.update(self.round)
+        progress.update(self.turn)
         self._clock = Clock()
         with stop_on_signal(self.stepper):
             self._pause(self.courses, is_first=True)
             self._end([c for c in self.courses if not c.is_running])
             while running := {k: c for k, c in enumerate(self.courses) if c.is_running}:
-                self.take_round(running, progress)
+                self.take_turn(running, progress)
                 if all(c.is_running for c in running.values()):
                     self._keep(list(running.values()))
                 self._pause(list(running.values()))
@@ -98,12 +98,12 @@ class Loop:
                     self._keep(list(running.values()), must=True)  # together, before one of them counts as done
                     self._end(ended)
 
-    def take_round(self, running: dict[int, Course], progress: Progress) -> None:
+    def take_turn(self, running: dict[int, Course], progress: Progress) -> None:
         """Takes one step of every running lane, checks and logs it."""
         watches = {k: Watch(c.lane.parameters, c.step == 0) for k, c in running.items() if c.step < c.first_step + 2}
-        with naming_who_is_missing(self.round):
-            results = self.stepper.take({k: c.step for k, c in running.items()}, self.round)
-        self.round += 1
+        with naming_who_is_missing(self.turn):
+            results = self.stepper.take({k: c.step for k, c in running.items()}, self.turn)
+        self.turn += 1
         for k, course in running.items():
             course.step += 1
             try:
@@ -128,7 +128,7 @@ class Loop:
                     restore(course.lane, checkpoint.tensors())
                     log.info("%s continues after step %d", course.lane.name, checkpoint.step)
         places = [
-            [c.step, c.round if c.group == self.group else 0, c.rows] if c else [0, 0, rows_digest(course.lane, 0)]
+            [c.step, c.turn if c.group == self.group else 0, c.rows] if c else [0, 0, rows_digest(course.lane, 0)]
             for course, c in zip(self.courses, found, strict=True)
         ]
         places_K3 = torch.tensor(places, device=strategy.device)
@@ -138,7 +138,7 @@ class Loop:
             if strategy.rank == 0:
                 keep_metrics(course.metrics, step)
         strategy.scatter([c.lane for c in self.courses])
-        self.round = int(places_K3[:, 1].max())
+        self.turn = int(places_K3[:, 1].max())
         self._check_order(places_K3[:, 2].tolist())
 
     def _check_order(self, kept: list[int]) -> None:
@@ -166,7 +166,7 @@ class Loop:
         if len(running) == 1:
             (only,) = running
             told |= {"learning_rate": results[only].learning_rate, "grad_norm": results[only].grad_norm}
-        progress.update(self.round, **told, **speed)
+        progress.update(self.turn, **told, **speed)
 
     def _pause(self, courses: list[Course], is_first: bool = False) -> None:
         if self.between is not None and (self.between(courses, is_first) or self.stepper.wants_stop):
@@ -181,12 +181,12 @@ class Loop:
             with strategy.gathered([c.lane for c in kept]):
                 for c in kept if strategy.rank == 0 else ():
                     next_rows = rows_digest(c.lane, c.step)
-                    c.checkpoints.save(c.step, lane_state(c.lane), round=self.round, group=self.group, rows=next_rows)
+                    c.checkpoints.save(c.step, lane_state(c.lane), turn=self.turn, group=self.group, rows=next_rows)
             self._clock.note_saved()
         if stop:
-            with naming_who_is_missing(self.round):  # torchrun ends a node's processes once one of them has left
+            with naming_who_is_missing(self.turn):  # torchrun ends a node's processes once one of them has left
                 same_on_all_ranks("rank 0 has written it")
-            raise Preempted(f"Stopped on request after step {self.round}. Run the same command to continue.")
+            raise Preempted(f"Stopped on request after step {self.turn}. Run the same command to continue.")
 
     def _end(self, ended: list[Course]) -> None:
         if ended:

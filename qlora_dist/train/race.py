@@ -1,7 +1,7 @@
 """A race: all trials of one shard as lanes on one base, any of them trained as far as is asked.
 
 Lanes that run are kept together, in one checkpoint that is written whole or not at all. So a life that was killed goes
-on from a round in which all of them stood, and takes the same steps to the bit.
+on from a turn in which all of them stood, and takes the same steps to the bit.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ class Race:
         return str(error) if error is not None else ""
 
     def train_to(self, targets: Mapping[str, int]) -> None:
-        """Takes steps of these trials, one of each a round, until each stands at its own target or is lost.
+        """Takes steps of these trials, one of each a turn, until each stands at its own target or is lost.
 
         Raises:
-            Preempted: after SIGTERM or SIGUSR2, once the round is finished and kept.
+            Preempted: after SIGTERM or SIGUSR2, once the turn is finished and kept.
         """
         courses = {k: c for k, c in enumerate(self.job.courses.values()) if c.lane.name in targets}
 
@@ -99,16 +99,16 @@ class Race:
             return {k: c for k, c in courses.items() if c.error is None and c.step < targets[c.lane.name]}
 
         left = max((targets[c.lane.name] - c.step for c in running().values()), default=0)
-        progress, taken = Progress(self.loop.round + left, unit="round"), False
+        progress, taken = Progress(self.loop.turn + left, unit="turn"), False
         with stop_on_signal(self.engine.stepper):
             while now := running():
-                self.loop.take_round(now, progress)
+                self.loop.take_turn(now, progress)
                 taken = True
                 wants_stop = self.engine.stepper.wants_stop
                 if wants_stop or time.monotonic() - self._saved >= self.loop.checkpoint_every_s:
                     self._keep(courses.values())
                 if wants_stop:
-                    raise Preempted(f"Stopped on request after round {self.loop.round}. Run the same command again.")
+                    raise Preempted(f"Stopped on request after turn {self.loop.turn}. Run the same command again.")
         if taken:
             self._keep(courses.values())
 
@@ -165,7 +165,7 @@ class Race:
                 tensors |= {f"{course.lane.name}/{name}": v for name, v in lane_state(course.lane).items()}
                 tensors[f"{course.lane.name}/{STEPS}"] = torch.tensor(course.step)
         if tensors:
-            self.checkpoints.save(self.loop.round, tensors, round=self.loop.round)
+            self.checkpoints.save(self.loop.turn, tensors, turn=self.loop.turn)
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
@@ -181,5 +181,5 @@ class Race:
         for course in self.job.courses.values():
             keep_metrics(course.metrics, course.step)
         if found is not None:
-            self.loop.round = found.round
-            log.info("continuing after round %d with %s", found.round, ", ".join(held))
+            self.loop.turn = found.turn
+            log.info("continuing after turn %d with %s", found.turn, ", ".join(held))

@@ -44,13 +44,13 @@ class Stepper:
     wants_stop: bool = False
     """Set on any rank (by a signal), it is seen by all of them at the end of the step."""
 
-    def take(self, steps: Mapping[int, int], round: int = 0) -> dict[int, StepResult]:
+    def take(self, steps: Mapping[int, int], turn: int = 0) -> dict[int, StepResult]:
         """Takes step `steps[k]` (0-based, each lane's own) of every lane k that it names; returns each one's result.
 
         A lane whose loss or gradient isn't finite stays as it was before the step: the result says so, and whoever
-        drives the steps ends it. The others don't notice. `round` is where this rank tells the others that it is.
+        drives the steps ends it. The others don't notice. `turn` is where this rank tells the others that it is.
         """
-        self.step = round
+        self.step = turn
         counts = {k: num_targets(self.lanes[k], step) for k, step in steps.items()}
         nll_K = self.accumulate(steps, counts)
         self.reduce(list(steps), nll_K)

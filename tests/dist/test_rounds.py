@@ -22,24 +22,32 @@ def shards(inputs, tmp_path_factory):
     return {w: {**inputs, **rows, "rows": rows[f"rows-{w}"]} for w in WORKERS}
 
 
-@pytest.fixture
-def worker(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def worker(recipe, tmp_path_factory):
     """Builds a config of 20 steps in four rounds, and the folders of two or three workers."""
 
     def build(name, workers=("a", "b"), wait_s=60.0, patience_s=60.0):
-        plain = recipe(epochs=4)
+        plain, place = recipe(epochs=4), tmp_path_factory.mktemp(name)
         fields = {f: getattr(plain, f) for f in ("model", "lora", "train", "strategy", "seed")}
         rounds = RoundsConfig(workers=list(workers), every_steps=6)
-        place = {"meeting": str(tmp_path / name / "meeting"), "wait_s": wait_s, "patience_s": patience_s}
-        outs = {w: tmp_path / name / w for w in workers}
+        waits = {"meeting": str(place / "meeting"), "wait_s": wait_s, "patience_s": patience_s}
+        outs = {w: place / w for w in workers}
         for out in outs.values():
-            out.mkdir(parents=True)
-        return WorkerConfig(**fields, rounds=rounds, **place), outs
+            out.mkdir()
+        return WorkerConfig(**fields, rounds=rounds, **waits), outs
 
     return build
 
 
-def merged(config, outs, tmp_path):
+@pytest.fixture(scope="module")
+def unbroken(pool, shards, worker):
+    """What two workers come to whom nothing happens: the bytes of their adapter."""
+    config, outs = worker("whole")
+    pool.run(together, 1, config, shards, outs)
+    return read(merged(config, outs)[0])
+
+
+def merged(config, outs):
     out = outs[next(iter(outs))].parent / "merged"
     out.mkdir()
     return out, merge_adapters(MergedConfig(rounds=config.rounds), outs, out)
@@ -53,11 +61,11 @@ def facts(out):
     return json.loads((out / "facts.json").read_text())
 
 
-def test_workers_come_to_what_the_pure_step_says(pool, shards, worker, tmp_path):
+def test_workers_come_to_what_the_pure_step_says(pool, shards, worker):
     config, outs = worker("whole", WORKERS)
     (codes,) = pool.run(together, 1, config, shards, outs)
     assert codes == {"a": 0, "b": 0, "c": 0}
-    out, told = merged(config, outs, tmp_path)
+    out, told = merged(config, outs)
     assert [r["round"] for r in told["rounds"]] == [1, 2, 3, 4]
     assert all(r["absent"] == [] and r["weights"] == pytest.approx(dict.fromkeys(WORKERS, 1 / 3)) for r in told["rounds"])
     (wanted,) = pool.run(lanes, 1, config, shards, WORKERS)
@@ -70,17 +78,15 @@ def test_workers_come_to_what_the_pure_step_says(pool, shards, worker, tmp_path)
 
 
 @pytest.mark.parametrize("after", [pytest.param(a, marks=pytest.mark.slow) for a in ("metrics.jsonl", "handed-in/0001/b")] + ["round-0002"])
-def test_a_worker_that_is_killed_and_run_again_changes_no_byte(pool, shards, worker, tmp_path, after):
-    config, outs = worker("whole")
-    pool.run(together, 1, config, shards, outs)
+def test_a_worker_that_is_killed_and_run_again_changes_no_byte(pool, shards, worker, unbroken, after):
     config, again = worker("again")
     (codes,) = pool.run(together, 1, config, shards, again, "b", after)
     assert codes == {"a": 0, "b": 0}
-    assert read(merged(config, again, tmp_path)[0]) == read(merged(config, outs, tmp_path)[0])
+    assert read(merged(config, again)[0]) == unbroken
     assert facts(again["b"])["rounds_missed"] == []
 
 
-def test_a_round_goes_on_without_a_dead_worker_whose_next_life_joins_the_current_one(pool, shards, worker, tmp_path):
+def test_a_round_goes_on_without_a_dead_worker_whose_next_life_joins_the_current_one(pool, shards, worker):
     config, outs = worker("dead", wait_s=0.5)
     (codes,) = pool.run(together, 1, config, shards, outs, "b", "round-0001", True)
     assert codes == {"a": 0}, "the other one went on alone"
@@ -89,28 +95,26 @@ def test_a_round_goes_on_without_a_dead_worker_whose_next_life_joins_the_current
     missed = facts(outs["b"])["rounds_missed"]
     assert missed
     assert set(missed) <= {2, 3}
-    _, told = merged(config, outs, tmp_path)
+    _, told = merged(config, outs)
     assert [r["absent"] for r in told["rounds"] if r["round"] in missed] == [["b"]] * len(missed)
     assert told["rounds"][-1]["absent"] == []
     assert set(told["rounds"][-1]["weights"]) == {"a", "b"}
 
 
 @pytest.mark.slow
-def test_where_one_fits_at_a_time_they_take_turns_and_come_to_the_same_bytes(pool, shards, worker, tmp_path):
-    config, outs = worker("whole")
-    pool.run(together, 1, config, shards, outs)
-    config, turns = worker("turns", patience_s=0.2)
-    (lives,) = pool.run(one_at_a_time, 1, config, shards, turns)
+def test_where_one_fits_at_a_time_they_make_room_and_come_to_the_same_bytes(pool, shards, worker, unbroken):
+    config, outs = worker("alone", patience_s=0.2)
+    (lives,) = pool.run(one_at_a_time, 1, config, shards, outs)
     assert all(2 <= n <= 5 for n in lives.values()), lives
-    assert read(merged(config, turns, tmp_path)[0]) == read(merged(config, outs, tmp_path)[0])
+    assert read(merged(config, outs)[0]) == unbroken
 
 
 @pytest.mark.slow
-def test_each_worker_may_be_several_processes(pool, shards, worker, recipe, tmp_path):
+def test_each_worker_may_be_several_processes(pool, shards, worker, recipe):
     config, outs = worker("ranks", ["a"])
     plain = recipe("ddp", 2, epochs=4)
     config.strategy, config.label = plain.strategy, "a"
     told = pool.run(train_worker, 2, config, shards["a"], outs["a"])
     assert [t["num_rounds"] for t in told] == [4, 4]
-    _, told = merged(config, outs, tmp_path)
+    _, told = merged(config, outs)
     assert [r["weights"] for r in told["rounds"]] == [{"a": 1.0}] * 4

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qlora_dist.adapters.command import main as merge_main
+from tests.pipeline.waiting import listed, wait_for
 
 GRID = ("sweep=grid", "sweep.lora_rank=[2,4]", "sweep.learning_rate=[1e-3,4e-3]", "domain.files.num_shards=1")
 
@@ -78,14 +76,3 @@ def test_a_halving_killed_and_run_again_has_the_same_winner_and_adapters_and_tra
     assert workplace.summary["sweep"] == whole
     assert (store / "adapter" / key / "adapter_model.safetensors").read_bytes() == expected
     assert all(path.stat().st_mtime_ns == made for path, made in kept.items()), "no rung is made again"
-
-
-def listed() -> str:
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-
-
-def wait_for(holds: Callable[[], bool], longest_s: float = 300) -> None:
-    ends = time.monotonic() + longest_s
-    while not holds():
-        assert time.monotonic() < ends
-        time.sleep(0.05)

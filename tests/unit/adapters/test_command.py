@@ -43,6 +43,13 @@ def test_a_run_names_its_trained_adapters(three, tmp_path):
     assert [p["label"] for p in parts] == ["legal-0", "legal-1", "legal-2"]
 
 
+def test_a_run_of_workers_names_what_each_came_to(three, tmp_path):
+    nodes = [{"stage": "worker", "label": f"legal-{i}", "folder": f} for i, f in enumerate(three)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"nodes": nodes}))
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize("stage", ["winner", "halved"])
 def test_a_swept_run_names_the_adapters_that_were_chosen(three, tmp_path, stage):
     nodes = [{"stage": "adapter", "label": f"legal-0.r{i}", "folder": f} for i, f in enumerate(three)]
@@ -62,6 +69,12 @@ def test_numbers_are_taken_as_the_weights(three, tmp_path):
         assert (found - wanted).norm() <= 1e-6 * wanted.norm()
 
 
+def test_weights_may_begin_with_a_negative_one(three, tmp_path):
+    assert main([*three, "--weights", "-0.5,.75,0.75", "--out", str(tmp_path / "out")]) == 0
+    parts = json.loads((tmp_path / "out" / "merge.json").read_text())["parts"]
+    assert [p["weight"] for p in parts] == [-0.5, 0.75, 0.75]
+
+
 def test_inverse_loss_reads_what_each_adapter_says_of_itself(three, tmp_path):
     for name, loss in (("a", 1.0), ("b", 2.0), ("c", 4.0)):
         write_provenance(tmp_path / name, replace(read_provenance(tmp_path / name), validation_loss=loss))
@@ -79,6 +92,7 @@ def test_inverse_loss_reads_what_each_adapter_says_of_itself(three, tmp_path):
         (["--weights", "0.5,0.5"], "3 numbers"),
         (["--weights", "token"], "Did you mean tokens?"),
         (["--weights", "inverse_loss"], "validation_loss"),
+        (["--weights", "inverse_loss"], "Set --weights=uniform."),
         (["--method", "regmean"], "or set merge.method in a run"),
         (["--method", "greedy_soup", "--base", "b"], "--base and --rows with it"),
         (["--method", "learned", "--learned-per", "layer", "--base", "b", "--rows", "r"], "expected adapter or module"),

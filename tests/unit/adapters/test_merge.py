@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from safetensors import safe_open
 
 from qlora_dist.adapters.merge import merge_adapters
 from qlora_dist.adapters.parts import merge_part
+from qlora_dist.adapters.scaled import rescale
 from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
 from qlora_dist.config.stages import MergedConfig, MergedPartConfig
 from qlora_dist.errors import ConfigError, ModelError
 from qlora_dist.model.adapter import read_provenance
+from qlora_dist.model.peft_folder import PeftFolder
 
 from .conftest import dense, provenance
 
@@ -97,6 +100,48 @@ def test_a_merge_divided_over_nodes_has_the_bytes_of_the_undivided_one(make_adap
     assert all((whole / n).read_bytes() == (joined / n).read_bytes() for n in names)
 
 
+def test_a_merge_rescaled_is_the_merge_of_that_scale(make_adapter, tmp_path):
+    head = {"base_model.model.lm_head.weight": torch.arange(6.0).reshape(2, 3)}
+    folders = {n: make_adapter(n, seed=i, known=provenance()) for i, n in enumerate("ab")}
+    folders["c"] = make_adapter("c", extra=head, modules_to_save=["lm_head"], known=provenance())
+    outs = {name: tmp_path / name for name in ("first", "rescaled", "direct")}
+    for out in outs.values():
+        out.mkdir()
+    merge_adapters(MergedConfig(merge=MergeConfig(scale=1.25)), folders, outs["first"])
+    found = rescale(outs["first"], 2.0, outs["rescaled"])
+    wanted = merge_adapters(MergedConfig(merge=MergeConfig(scale=2.0)), folders, outs["direct"])
+    assert found.pop("norm") == pytest.approx(wanted.pop("norm"))
+    assert found.pop("energy_kept") == pytest.approx(wanted.pop("energy_kept"))
+    assert found.pop("spectrum") == pytest.approx(wanted.pop("spectrum"))
+    assert found == wanted
+    for module, update in dense(outs["direct"]).items():
+        assert (dense(outs["rescaled"])[module] - update).norm() <= 3e-7 * update.norm()
+    configs = [json.loads((outs[n] / "adapter_config.json").read_text()) for n in ("rescaled", "direct")]
+    assert configs[0] == configs[1]
+    with safe_open(outs["rescaled"] / "adapter_model.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("base_model.model.lm_head.weight"), head["base_model.model.lm_head.weight"])
+
+
+def test_memory_holds_a_few_modules_whatever_their_number(make_adapter, tmp_path, monkeypatch):
+    shapes = {f"model.layers.{i}.mlp.down_proj": (10, 16) for i in range(30)}
+    folders = {n: make_adapter(n, seed=i, shapes=shapes, known=provenance()) for i, n in enumerate("abc")}
+    alive, most, read = [0], [0], PeftFolder.factors
+
+    def counted(self, module):
+        factors = read(self, module)
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(factors.A_RI, lambda: alive.__setitem__(0, alive[0] - 1))
+        return factors
+
+    monkeypatch.setattr(PeftFolder, "factors", counted)
+    (tmp_path / "out").mkdir()
+    merge_adapters(
+        MergedConfig(merge=MergeConfig(method=MergeMethod.svd, rank=2, workers=2)), folders, tmp_path / "out"
+    )
+    assert 3 <= most[0] <= 3 * 3, "of three adapters, those of the modules that two threads work on and one ahead"
+
+
 def test_the_joint_provenance_counts_all_tokens(make_adapter, tmp_path):
     folders = {n: make_adapter(n, known=provenance(trained_tokens=t)) for n, t in (("a", 5), ("b", 7))}
     (tmp_path / "out").mkdir()
@@ -121,6 +166,7 @@ def test_a_layer_that_one_adapter_brings_whole_is_carried_over(make_adapter, tmp
     [
         ({"known": provenance(base_digest="c" * 64)}, "another base: "),
         ({"known": provenance(tokenizer_digest="u" * 64)}, "another tokenizer: "),
+        ({"revision": "2" * 40}, "another revision: a has 1111"),
         ({"known": provenance(), "shapes": {"model.layers.0.self_attn.q_proj": (12, 10)}}, "down_proj"),
         (
             {
@@ -132,7 +178,7 @@ def test_a_layer_that_one_adapter_brings_whole_is_carried_over(make_adapter, tmp
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_with_the_difference(make_adapter, tmp_path, other, message):
-    folders = {"a": make_adapter("a", known=provenance()), "b": make_adapter("b", **other)}
+    folders = {"a": make_adapter("a", known=provenance(base_revision="1" * 40)), "b": make_adapter("b", **other)}
     with pytest.raises(ModelError, match=message):
         merge_adapters(MergedConfig(), folders, tmp_path)
 
@@ -156,6 +202,8 @@ def test_foreign_adapters_of_another_base_are_refused_by_its_name(make_adapter, 
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights=pissa_niter_16"),
         ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights=loftq"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights=corda"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights=lora_ga"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "expert weights"),
         ({"peft_type": "IA3"}, "expected LORA"),
         ({"r": 5}, "The two files are not of one adapter"),
@@ -166,6 +214,12 @@ def test_what_is_no_plain_sum_is_refused_by_name(make_adapter, tmp_path, config,
     folder = make_adapter("a", ranks=ranks, known=provenance(), **config)
     with pytest.raises(ModelError, match=message):
         merge_adapters(MergedConfig(), {"a": folder}, tmp_path)
+
+
+def test_a_tensor_of_an_unknown_kind_of_lora_is_refused_by_its_name(make_adapter, tmp_path):
+    extra = {"base_model.model.model.layers.0.mlp.down_proj.lora_new_gate": torch.ones(4)}
+    with pytest.raises(ModelError, match=r"down_proj\.lora_new_gate is no factor A or B"):
+        merge_adapters(MergedConfig(), {"a": make_adapter("a", extra=extra, known=provenance())}, tmp_path)
 
 
 def test_whole_layers_of_two_adapters_are_refused(make_adapter, tmp_path):

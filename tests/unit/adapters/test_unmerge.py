@@ -74,7 +74,9 @@ def test_what_can_not_be_taken_out_is_refused(folders, tmp_path, capsys):
     assert "has no part d" in capsys.readouterr().err
     assert not (tmp_path / "left").exists()
     assert main([str(exact), "--part", "a", "--out", str(tmp_path / "left")]) == 0
-    assert "b, c; without a" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left: b (0.4), c (0.6); without a" in printed
+    assert "next: python -m qlora_dist.export" in printed
 
 
 def test_the_owner_of_whole_layers_can_not_be_taken_out(folders, make_adapter, tmp_path):

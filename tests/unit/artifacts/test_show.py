@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,12 @@ def test_a_damaged_ancestor_is_named(merged: Path, capsys):
 def test_a_folder_that_is_no_artifact_is_one_line(tmp_path: Path, capsys):
     assert main([str(tmp_path)]) == 1
     assert "is no finished artifact" in capsys.readouterr().err
+
+
+def test_a_run_stands_for_what_it_ships(merged: Path, tmp_path: Path, capsys):
+    nodes = [{"stage": "merged", "label": "failed"}, {"stage": "merged", "label": "all", "folder": str(merged)}]
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"nodes": nodes}))
+    for folder in ("run", "run/adapter"):
+        assert main([str(tmp_path / folder)]) == 0
+        assert capsys.readouterr().out.startswith("merged/all-abc weights tokens")

@@ -216,6 +216,11 @@ def test_an_export_that_is_another_model_is_not_called_done(llama, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_hub_id_without_a_commit_is_refused_by_the_option(llama, tmp_path, capsys):
+    assert run("some/model", llama[1], tmp_path / "out") == 2
+    assert "--revision='': expected the full commit sha of some/model" in capsys.readouterr().err
+
+
 def test_eight_bits_are_for_gguf_alone(llama, tmp_path, capsys):
     base, adapter = llama
     assert run(base, adapter, tmp_path / "out", "--dtype", "q8_0") == 2

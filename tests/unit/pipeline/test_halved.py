@@ -267,4 +267,4 @@ def test_killed_at_any_moment_it_ends_with_the_same_winner_and_the_same_bytes_an
         assert all((tensors[name] == theirs[key][name]).all() for name in tensors), "the same to the bit"
     steps = Counter(log.read_text().splitlines())
     again = sum(count - 1 for count in steps.values())
-    assert again <= kills * 6, "a kill loses no more than the round that was being taken"
+    assert again <= kills * 6, "a kill loses no more than the turn that was being taken"

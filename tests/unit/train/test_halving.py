@@ -33,7 +33,7 @@ def test_a_free_lane_goes_to_who_was_promoted_before_it_goes_to_who_is_next():
     made = halving(9, 3)
     made.seat()
     assert made.running == {0: 0, 1: 0, 2: 0}
-    for trial, rung in made.advance(made.rounds()):
+    for trial, rung in made.advance(made.turns()):
         made.record(trial, rung, Result(-trial))
     made.seat()
     assert made.running == {2: 1, 3: 0, 4: 0}
@@ -42,12 +42,12 @@ def test_a_free_lane_goes_to_who_was_promoted_before_it_goes_to_who_is_next():
 def test_rounds_end_with_the_first_arrival_and_others_go_on():
     made = Halving([[2, 6], [5, 9]], 3, 2)
     made.seat()
-    assert made.rounds() == 2
+    assert made.turns() == 2
     assert made.advance(2) == [(0, 0)]
     made.record(0, 0, Result(1.0))
     made.seat()
     assert made.running == {1: 0}
-    assert made.rounds() == 3
+    assert made.turns() == 3
 
 
 def test_who_forgets_too_much_or_is_lost_does_not_go_on():
@@ -82,7 +82,7 @@ def test_any_halving_ends_with_every_trial_begun_lanes_kept_and_decisions_repeat
         made.seat()
         while made.running:
             most = max(most, len(made.running))
-            for trial, rung in made.advance(made.rounds()):
+            for trial, rung in made.advance(made.turns()):
                 assert (trial, rung) not in made.results, "nothing is trained twice"
                 assert rung == 0 or (trial, rung - 1) in made.results, "no rung is left out"
                 made.record(trial, rung, values[trial, rung])

@@ -134,15 +134,15 @@ def test_what_cannot_share_a_base_is_refused(configs, inputs, outs):
         train_adapters(configs | {"b": other}, inputs, outs())
 
 
-def stop_after(monkeypatch, rounds):
-    """Has the next training stop on request, as by a signal, after some rounds of its life."""
+def stop_after(monkeypatch, turns):
+    """Has the next training stop on request, as by a signal, after some turns of its life."""
     plain = Stepper.take
     taken = []
 
     def take(self, places, number=0):
         results = plain(self, places, number)
         taken.append(places)
-        self.wants_stop = self.wants_stop or len(taken) == rounds
+        self.wants_stop = self.wants_stop or len(taken) == turns
         return results
 
     monkeypatch.setattr(Stepper, "take", take)
