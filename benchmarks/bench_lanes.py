@@ -174,7 +174,7 @@ def main() -> None:
         prepare(folder, shape, sizes)
         text = ["# Lanes", "", circumstances(), f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, float32."]
         text += ["Ranks 8, 16, 32; one row a lane and step. Tokens a CPU second on one thread of the steps after the"]
-        text += [f"second: median (least – greatest) of {pairs} rounds, sides in turn; K runs by"]
+        text += [f"second: median (least – greatest) of {pairs} pairs, sides in turn; K runs by"]
         text += ["their first two. Gaps: the largest in any of their last losses.", ""]
         head = ["K", "tokens a lane", *SIDES.values(), "fused / stock", "fused / solo", "gap to stock", "gap to solo"]
         text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
