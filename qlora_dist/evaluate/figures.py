@@ -115,6 +115,7 @@ def lines(
     few = len(order) <= MAX_TOLD_AT_ONCE
     made = figure(data, title, x, y, hovermode="x unified" if few else "closest")
     made["layout"]["showlegend"] = len(order) > 1 and (few or bool(chosen))
+    made["layout"]["hoverdistance"] = -1  # the nearest point is told, however far apart the points are
     if log_x:
         made["layout"]["xaxis"] |= {"type": "log", "dtick": "D2"}
     return made

@@ -171,7 +171,7 @@ def test_checkpoint_of_four_ranks_continues_on_fewer(pool, inputs, folder, recip
 def test_rank_that_is_missing_is_named(how, said, recipe, inputs, folder):
     config = recipe("ddp", 2)
     config.strategy.timeout_s = 4
-    with RankPool() as own, pytest.raises(AssertionError, match=f"(?s)TrainError: .*{said}"):
+    with RankPool() as own, pytest.raises(AssertionError, match=f"(?s)PeerLost: .*{said}"):
         own.run(lose_a_rank, 2, config, inputs, folder("out"), how)
 
 
