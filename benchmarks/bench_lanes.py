@@ -1,8 +1,9 @@
 """Lanes: K adapters trained at once on one base, against K runs of the loop and K runs of the stock workflow.
 
 `python benchmarks/bench_lanes.py` writes benchmarks/results/lanes.md; `--small` runs in a minute and writes nothing.
-The three sides train the same adapters on the same rows, in turn, in one process on one thread; peak memory is
-measured in a process of its own for each side.
+The three sides train the same adapters on the same rows, in turn, in one process on one thread, and what they trained
+is compared; peak memory is measured in a process of its own for each side. `--parts 16x32,memory --keep FILE` measures
+some parts alone and writes the results once FILE holds all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +69,35 @@ class Times:
 
     def __init__(self) -> None:
         self.cpu: list[float] = []
+        self.wall: list[float] = []
         self.loss: list[float] = []
 
     def log(self, step: int, values: Any) -> None:
         """Notes one step."""
         self.cpu.append(time.process_time())
+        self.wall.append(time.perf_counter())
         self.loss.append(values["loss"])
 
-    def seconds(self) -> float:
-        """Returns the CPU seconds of the steps that are timed."""
-        return self.cpu[-1] - self.cpu[WATCHED_STEPS - 1]
+    def seconds(self) -> tuple[float, float]:
+        """Returns the CPU seconds and those by the clock of the steps that are timed."""
+        return self.cpu[-1] - self.cpu[WATCHED_STEPS - 1], self.wall[-1] - self.wall[WATCHED_STEPS - 1]
 
 
-def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) -> dict[str, Any]:
-    """Trains K adapters on one side; returns tokens a CPU second of the timed steps, and each lane's last loss."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one side came to: its speed, and the last loss and the adapter of each run that was timed."""
+
+    tokens_per_cpu_s: float
+    tokens_per_s: float
+    losses: list[float]
+    adapters: list[dict[str, Any]]
+
+
+def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) -> Found:
+    """Trains K adapters on one side, or as many of them as are timed."""
     from contextlib import ExitStack
+
+    from safetensors.torch import load_file
 
     from qlora_dist.config.train import StrategyConfig, StrategyName
     from qlora_dist.runtime import sinks
@@ -90,40 +105,58 @@ def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) 
 
     configs = configs_of(num_lanes, tokens, steps)
     inputs = {"base": folder / "base", "tokenizer": folder / "model", "rows": folder / f"rows-{tokens}"}
-    times = {label: Times() for label in configs}
+    timed = list(configs)[:TIMED_RUNS]
+    times = {label: Times() for label in timed}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         outs = {label: Path(name) / label for label in configs}
         for out in outs.values():
             out.mkdir()
         if side == "fused":
-            for label, own in times.items():
-                stack.enter_context(sinks(own, lane=label))
+            for label in timed:
+                stack.enter_context(sinks(times[label], lane=label))
             train_adapters(configs, dict.fromkeys(configs, inputs), outs)
-            seconds = times["lane-0"].seconds()
+            cpu_s, wall_s = times[timed[0]].seconds()
+            done = num_lanes
         else:
-            for label, config in list(configs.items())[:TIMED_RUNS]:
+            for label in timed:
+                config = configs[label]
                 strategy = StrategyConfig(name=StrategyName.single) if side == "stock" else config.strategy
                 with sinks(times[label]):
                     train_adapter(replace(config, strategy=strategy), inputs, outs[label])
-            seconds = sum(own.seconds() for own in times.values() if own.cpu)
-    timed = sum(bool(own.cpu) for own in times.values()) * tokens * (steps - WATCHED_STEPS)
-    return {"tokens_per_cpu_s": timed / seconds, "losses": [own.loss[-1] for own in times.values() if own.cpu]}
+            cpu_s, wall_s = (sum(own) for own in zip(*(t.seconds() for t in times.values()), strict=True))
+            done = len(timed)
+        adapters = [load_file(outs[label] / "adapter_model.safetensors") for label in timed]
+    size = done * tokens * (steps - WATCHED_STEPS)
+    return Found(size / cpu_s, size / wall_s, [own.loss[-1] for own in times.values()], adapters)
+
+
+def gaps(mine: Found, theirs: Found) -> str:
+    """Returns the largest difference of last losses, and the largest relative distance of two adapters."""
+    loss = max(abs(a - b) for a, b in zip(mine.losses, theirs.losses, strict=True))
+    away = 0.0
+    for a, b in zip(mine.adapters, theirs.adapters, strict=True):
+        if a.keys() != b.keys():
+            raise SystemExit("The two sides made adapters of unequal layers.")
+        top = sum(float((a[name] - b[name]).double().square().sum()) for name in a)
+        away = max(away, (top / sum(float(value.double().square().sum()) for value in b.values())) ** 0.5)
+    return f"{loss:.0e}, {away:.0e}"
 
 
 def compare(folder: Path, num_lanes: int, tokens: int, pairs: int, steps: int) -> str:
     """Returns one line of the table: the three sides in turn, `pairs` times."""
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    found: dict[str, list[Found]] = {side: [] for side in SIDES}
     for _ in range(pairs):
         for side in SIDES:
             found[side].append(train_all(folder, side, num_lanes, tokens, steps))
-    speed = {side: [run["tokens_per_cpu_s"] for run in runs] for side, runs in found.items()}
-    cells = [spread(speed[side]) for side in SIDES]
-    others = ("stock", "solo")
-    cells += [spread([a / b for a, b in zip(speed["fused"], speed[s], strict=True)], "{:.2f}") for s in others]
-    fused = found["fused"][0]["losses"]
-    cells += [
-        f"{max(abs(a - b) for a, b in zip(fused, found[side][0]['losses'], strict=False)):.1e}" for side in others
-    ]
+
+    def ratio(side: str, what: str) -> str:
+        both = zip(found["fused"], found[side], strict=True)
+        return spread([getattr(a, what) / getattr(b, what) for a, b in both], "{:.2f}")
+
+    cells = [spread([run.tokens_per_cpu_s for run in runs]) for runs in found.values()]
+    cells += [ratio(*of) for of in (("stock", "tokens_per_cpu_s"), ("stock", "tokens_per_s"))]
+    cells += [ratio("solo", "tokens_per_cpu_s")]
+    cells += [gaps(found["fused"][0], found[side][0]) for side in ("stock", "solo")]
     return f"| {num_lanes} | {tokens} | " + " | ".join(cells) + " |"
 
 
@@ -150,13 +183,36 @@ def memory_table(folder: Path, num_lanes: int, tokens: int) -> list[str]:
     ]
 
 
+def measure_part(part: str, folder: Path, pairs: int, steps: int, largest: tuple[int, int]) -> list[str]:
+    """Measures one part: `memory`, or K x tokens, as `16x32`; returns its lines."""
+    if part == "memory":
+        return memory_table(folder, *largest)
+    lanes, tokens = map(int, part.split("x"))
+    return [compare(folder, lanes, tokens, pairs, steps)]
+
+
+def results(kept: dict[str, list[str]], cells: list[str], shape: str, pairs: int) -> str:
+    """Returns the whole text."""
+    text = ["# Lanes", "", circumstances(), f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, float32."]
+    text += ["Ranks 8, 16, 32; one row a lane and step. Tokens a CPU second on one thread of the steps after the"]
+    text += [f"second: median (least – greatest) of {pairs} rounds, sides in turn; K runs by their first two."]
+    text += ["Gaps, of the same two adapters: the largest difference of last losses, and the largest relative"]
+    text += ["distance of two adapters (Frobenius norm over all layers).", ""]
+    head = ["K", "tokens a lane", *SIDES.values(), "fused / stock", "the same by the clock", "fused / solo"]
+    head += ["gaps to stock", "gaps to solo"]
+    text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(line for cell in cells for line in kept[cell])]
+    return "\n".join([*text, "", "## Memory", "", *kept["memory"], ""])
+
+
 def main() -> None:
-    """Runs all measurements, or one of them in this process."""
+    """Runs all measurements, or some of them, or one of them in this process."""
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--parts", default="", help="as 16x32,memory: what is measured now; by default all")
+    parser.add_argument("--keep", type=Path, help="a file that keeps what was measured between calls")
     parser.add_argument("--one", nargs=4, metavar=("SIDE", "FOLDER", "LANES", "TOKENS"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -169,20 +225,20 @@ def main() -> None:
         return
     shape, pairs, steps = ("tiny", 1, 3) if args.small else ("small", args.pairs, 4)
     lanes, sizes = ((2, 4), (32,)) if args.small else ((4, 8, 16), (32, 128))
+    cells = [f"{k}x{size}" for size in sizes for k in lanes]
+    kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, shape, sizes)
-        text = ["# Lanes", "", circumstances(), f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, float32."]
-        text += ["Ranks 8, 16, 32; one row a lane and step. Tokens a CPU second on one thread of the steps after the"]
-        text += [f"second: median (least – greatest) of {pairs} pairs, sides in turn; K runs by"]
-        text += ["their first two. Gaps: the largest in any of their last losses.", ""]
-        head = ["K", "tokens a lane", *SIDES.values(), "fused / stock", "fused / solo", "gap to stock", "gap to solo"]
-        text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        text += [compare(folder, k, size, pairs, steps) for size in sizes for k in lanes]
-        text += ["", "## Memory", "", *memory_table(folder, lanes[-1], sizes[-1]), ""]
-    print("\n".join(text))
-    if not args.small:
-        RESULTS.write_text("\n".join(text), encoding="utf-8")
+        prepare(Path(name), shape, sizes)
+        for part in args.parts.split(",") if args.parts else [*cells, "memory"]:
+            kept[part] = measure_part(part, Path(name), pairs, steps, (lanes[-1], sizes[-1]))
+            print("\n".join(kept[part]), flush=True)
+            if args.keep:
+                args.keep.write_text(json.dumps(kept))
+    if kept.keys() >= {*cells, "memory"}:
+        text = results(kept, cells, shape, pairs)
+        print(text)
+        if not args.small:
+            RESULTS.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from qlora_dist.config.sweep import TrialConfig
 from qlora_dist.errors import DataError
 from qlora_dist.pipeline.rungs import Rung, Shelf
 from qlora_dist.pipeline.swept import CURVES
-from qlora_dist.pipeline.tracked import tracked
+from qlora_dist.pipeline.tracked import tracked, trial_values
 from qlora_dist.pipeline.winner import adapter_facts, keep_adapter, write_verdict
 from qlora_dist.runtime import Facts, log, log_metrics, quiet_libraries
 from qlora_dist.train.course import METRICS_FILE
@@ -182,6 +182,9 @@ class _Game:
         adapter = self.shelf.plan.store.fetch(self.shelf.adapter(winner).id)
         keep_adapter(adapter, out)
         self._write_curves(out / CURVES)
+        stops = {t.name: steps[last] for t, steps in zip(config.trials, self.halving.steps, strict=True)}
+        for row in verdict["trials"]:
+            log_metrics(stops[row["trial"]], trial_values(row, winner.name), lane=row["trial"])
         rows = {row["trial"]: row for row in verdict["trials"]}
         taken = steps_taken(self.halving)
         told = [self._row(number, rows, steps) for number, steps in sorted(taken.items())]

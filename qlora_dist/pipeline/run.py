@@ -25,7 +25,7 @@ from qlora_dist.errors import Preempted, QloraDistError, disk_error
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.sealed import note_reading
 from qlora_dist.pipeline.stages import STAGES
-from qlora_dist.pipeline.tracked import say_made, tracked
+from qlora_dist.pipeline.tracked import say_made, say_trials, tracked
 from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, rank, world_size, write_json
 
 SEEN_S = 60.0
@@ -55,6 +55,8 @@ def run_node(plan: Plan, node: Node) -> None:
                         finish(plan, node, facts, time.monotonic() - started)
                 if rank() == 0:
                     say_made(plan, node, facts)
+            if rank() == 0:
+                say_trials(plan, node, facts)
         except OSError as error:
             raise disk_error(error, out) or error from error
 

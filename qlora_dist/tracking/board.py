@@ -32,7 +32,7 @@ def define_board(entity: str, project: str, domains: Sequence[str]) -> Any:
         return panels.LinePlot(title=title, x=x, y=list(metrics))
 
     columns = [panels.ParallelCoordinatesPlotColumn(panels.Config(name)) for name in SWEPT]
-    columns.append(panels.ParallelCoordinatesPlotColumn(panels.SummaryMetric("loss")))
+    columns.append(panels.ParallelCoordinatesPlotColumn(panels.SummaryMetric("validation_bits_per_byte")))
     training = [line(m.replace("_", " "), m) for m in ("loss", "validation_loss", "learning_rate", "tokens_per_s")]
     sweep = [panels.ParallelCoordinatesPlot(columns=columns), panels.RunComparer(diff_only=True)]
     scored = [

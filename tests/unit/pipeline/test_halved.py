@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qlora_dist.config.train import LoraConfig, StrategyConfig, StrategyName, Tr
 from qlora_dist.model.base import prepare_base
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.run import run_node
-from qlora_dist.runtime import write_json
+from qlora_dist.runtime import sinks, write_json
 from qlora_dist.testing import save_rows, save_tiny_model
 from qlora_dist.train.halving import Halving, Result, play
 
@@ -123,9 +124,28 @@ def verdict(folder: Path) -> dict:
     return json.loads((folder / "sweep.json").read_text())
 
 
+class Heard:
+    """A sink that keeps what it is told."""
+
+    def __init__(self):
+        self.rows: list[tuple[int, dict]] = []
+
+    def log(self, step, values):
+        self.rows.append((step, dict(values)))
+
+
 def test_a_halving_leaves_the_winner_and_an_adapter_for_each_trial_that_came_to_the_end(shard):
-    out = shard.halve()
+    heard = {trial.name: Heard() for trial in trials()}
+    with ExitStack() as stack:
+        for name, sink in heard.items():
+            stack.enter_context(sinks(sink, lane=name))
+        out = shard.halve()
     told = verdict(out)
+    for row in told["trials"]:
+        step, values = next((s, v) for s, v in reversed(heard[row["trial"]].rows) if "validation_bits_per_byte" in v)
+        at = max((r for r in told["rungs"] if r["trial"] == row["trial"]), key=lambda r: r["rung"])
+        assert (step * TOKENS, values["validation_bits_per_byte"]) == (row["tokens"], at["value"])
+        assert values.get("is_chosen", 0.0) == (row["trial"] == told["winner"])
     rungs = Counter(row["rung"] for row in told["rungs"])
     assert rungs == {0: 10, 1: 3, 2: 1}
     states = Counter(row["state"].split(" at ")[0] for row in told["trials"])

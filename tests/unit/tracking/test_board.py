@@ -19,6 +19,7 @@ def test_board_has_the_four_sections_with_the_metrics_that_runs_log(capsys: pyte
     assert list(sections) == ["Training", "Sweep", "Domains", "System"]
     assert all(m in sections["Training"] for m in ("loss", "learning_rate", "tokens_per_s"))
     assert "lora_rank" in sections["Sweep"]
+    assert "validation_bits_per_byte" in sections["Sweep"]
     assert all(f"{d}/bits_per_byte" in sections["Domains"] for d in ("legal", "code", "general"))
 
 

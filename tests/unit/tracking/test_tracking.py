@@ -13,9 +13,17 @@ from typing import Any
 
 import pytest
 
+from qlora_dist.artifacts.store import Manifest
 from qlora_dist.config.evaluate import TrackingConfig, TrackingName
+from qlora_dist.config.stages import AdapterConfig, ScoresConfig, WinnerConfig
+from qlora_dist.config.sweep import TrialConfig
+from qlora_dist.config.train import LoraConfig
 from qlora_dist.errors import ConfigError
-from qlora_dist.runtime import JsonlSink, Made, log_image, log_made, log_table, sinks
+from qlora_dist.evaluate.documents import Document, write_documents
+from qlora_dist.pipeline.plan import Node, Plan
+from qlora_dist.pipeline.run import run_node
+from qlora_dist.pipeline.tracked import tracked
+from qlora_dist.runtime import JsonlSink, Made, log_image, log_made, log_metrics, log_table, sinks, write_json
 from qlora_dist.tracking import open_tracker
 from qlora_dist.tracking.picture import matrix_picture, square_picture
 
@@ -278,3 +286,54 @@ def test_tensorboard_takes_tables_images_and_lineage(tmp_path: Path) -> None:
     assert "| rows | legal-0 | abc123 | read |" in told["lineage/text_summary"]
     (image,) = events.Images("cosines")
     assert image.width == image.height + 48
+
+
+def trial_plan(root: Path, ranks: tuple[int, ...]) -> tuple[Plan, Node]:
+    """A plan whose trials are trained and measured, each in a run of its own, and the node that chooses one."""
+    told = {"tracking": {"name": "offline", "project": "p"}}
+    plan = Plan(experiment="sweep", root=str(root), command="", config=told)
+    trials = [TrialConfig(name=f"r{rank}", lora=LoraConfig(lora_rank=rank)) for rank in ranks]
+    inputs = {"scores-base": plan.add("validated", "legal-base", ScoresConfig(name="base"))}
+    documents = {"base": 2.0} | {f"r{rank}": 2.0 - rank / 100 for rank in ranks}
+    for trial in trials:
+        adapter = plan.add("adapter", f"legal-0.{trial.name}", AdapterConfig(lora=trial.lora), subject="legal-0")
+        inputs[f"adapter-{trial.name}"] = adapter
+        scored = ScoresConfig(name="legal-0")
+        inputs[f"scores-{trial.name}"] = plan.add("validated", adapter.label, scored, inputs={"adapter": adapter})
+        with tracked(plan, adapter, lane=trial.name):
+            log_metrics(1, {"loss": 3.0}, lane=trial.name)
+    for name, node in inputs.items():
+        folder = plan.store.folder(node.id)
+        folder.mkdir(parents=True)
+        if node.stage == "validated":
+            level = documents[name.removeprefix("scores-")]
+            common = {"split": "validation", "tokens": 10, "bytes": 100}
+            kinds = (("legal", 100 * level), ("general", 200.0))
+            rows = [Document(domain=d, record=d, cluster=d, nll_bits=bits, **common) for d, bits in kinds]
+            write_documents(rows, folder)
+        values = {name: getattr(node, name) for name in ("stage", "label", "key", "recipe", "inputs")}
+        manifest = Manifest(**values, version=1, leaves={}, execution=node.config, facts={"num_steps": 9})
+        write_json(folder / "manifest.json", {f: getattr(manifest, f) for f in Manifest.__dataclass_fields__})
+    return plan, plan.add("winner", "legal-0", WinnerConfig(domain="legal", trials=trials), inputs=inputs)
+
+
+def test_a_trial_is_one_run_whose_columns_are_its_config_and_what_it_came_to(tmp_path: Path) -> None:
+    plan, winner = trial_plan(tmp_path, (4, 8))
+    (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
+    run_node(plan, winner)
+    runs: dict[str, list[Path]] = {}
+    for path in segments(plan.folder):
+        run = next(r.run for r in records(path) if r.WhichOneof("record_type") == "run")
+        if run.job_type == "adapter":
+            assert run.run_group == "sweep"
+            config = {u.key: json.loads(u.value_json) for u in run.config.update}
+            runs.setdefault(f"r{config['lora']['lora_rank']}", []).append(path)
+    assert sorted(runs) == ["r4", "r8"], "no run but one a trial"
+    for name, level in (("r4", 1.96), ("r8", 1.92)):
+        ids = {r.run.run_id for p in runs[name] for r in records(p) if r.WhichOneof("record_type") == "run"}
+        assert len(ids) == 1
+        logged = [row for path in sorted(runs[name], key=lambda p: p.stat().st_mtime_ns) for row in history(path)]
+        assert [(row["step"], row.get("loss")) for row in logged] == [(1, 3.0), (9, None)]
+        assert logged[1]["validation_bits_per_byte"] == pytest.approx(level)
+        assert logged[1]["forgetting"] == pytest.approx(0.0)
+        assert logged[1]["is_chosen"] == (name == "r8")
