@@ -2,6 +2,7 @@
 
 `python benchmarks/bench_train.py` writes benchmarks/results/train.md; `--small` runs in a minute and writes nothing.
 Each measurement runs in a process of its own, the two sides in turn; on a GPU where there is one.
+`--parts training,loading --keep FILE` measures some parts alone and writes the results once FILE holds all of them.
 """
 
 from __future__ import annotations
@@ -179,6 +180,19 @@ def compare_training(folder: Path, options: dict[str, Any], pairs: int) -> list[
     return lines
 
 
+def compare_bfloat16(folder: Path, options: dict[str, Any], pairs: int) -> list[str]:
+    """Compares both sides as stock recipes have it, in bfloat16: the loop multiplies in what is fastest here."""
+    found = in_turn(folder, "train", ("single", "ddp"), options | {"dtype": "bfloat16", "steps": 3}, pairs)
+    lines = ["| | tokens/s | tokens a CPU second |", "|---|---|---|"]
+    names = {"single": "the stock workflow, compute dtype bfloat16", "ddp": "the loop, compute dtype bfloat16"}
+    for side, name in names.items():
+        cells = [spread([r[key] for r in found[side]]) for key in ("tokens_per_s", "tokens_per_cpu_s")]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    gap = max(abs(a - b) for a, b in zip(found["ddp"][0]["losses"], found["single"][0]["losses"], strict=True))
+    told = f"Ratio of pairs by CPU time: {ratios(found, 'ddp', 'single', 'tokens_per_cpu_s')}"
+    return [*lines, "", f"{told}; the losses of 3 steps differ by at most {gap:.4f}."]
+
+
 def compare_loading(folder: Path, options: dict[str, Any], pairs: int) -> list[str]:
     """Compares reading the pre-quantized base with transformers' quantization on the fly."""
     found = in_turn(folder, "load", ("quantize", "stored"), options, pairs)
@@ -229,7 +243,9 @@ def main() -> None:
     """Runs all measurements, or one of them in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--parts", default="", help="as training,loading: what is measured now; by default all")
+    parser.add_argument("--keep", type=Path, help="a file that keeps what was measured between calls")
     parser.add_argument("--dtype", default="", help="of products; by default the one that this machine is fastest in")
     parser.add_argument("--one", nargs=4, metavar=("WHAT", "HOW", "FOLDER", "OPTIONS"))
     args = parser.parse_args()
@@ -245,24 +261,41 @@ def main() -> None:
     options: dict[str, Any] = {"row_tokens": 128, "tokens_per_step": 512, "micro_batch_tokens": 128, "steps": 6}
     options["dtype"] = args.dtype or fastest_dtype()
     shape, pairs = ("tiny", 1) if args.small else ("small", args.pairs)
+    sizes, few = ((1, 2), 1) if args.small else ((1, 2, 4), 2)
+    kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, shape, options["row_tokens"], 64, options["dtype"])
-        text = [
-            "# Training",
-            "",
-            circumstances(),
-            f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, {options['dtype']}.",
-        ]
-        text += [f"Recipe: LoRA rank 16, {json.dumps(options)}. Median (least – greatest) of {pairs} runs in turn.", ""]
-        text += ["## Against the stock workflow", "", *compare_training(folder, options, pairs), ""]
-        text += ["## Loading", "", *compare_loading(folder, options, pairs), ""]
-        sizes = (1, 2) if args.small else (1, 2, 4)
-        text += ["## Strategies", "", *compare_strategies(folder, options, sizes, 1 if args.small else 3), ""]
-    print("\n".join(text))
-    if not args.small:
+        measures = {
+            "training": lambda: compare_training(folder, options, pairs),
+            "bfloat16": lambda: compare_bfloat16(folder, options, few),
+            "loading": lambda: compare_loading(folder, options, pairs),
+            "strategies": lambda: compare_strategies(folder, options, sizes, few),
+        }
+        for part in args.parts.split(",") if args.parts else measures:
+            kept[part] = measures[part]()
+            print("\n".join(kept[part]), flush=True)
+            if args.keep:
+                args.keep.write_text(json.dumps(kept))
+    if kept.keys() >= measures.keys() and not args.small:
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text("\n".join(text), encoding="utf-8")
+        RESULTS.write_text(results(kept, options, shape, pairs, few), encoding="utf-8")
+
+
+def results(kept: dict[str, list[str]], options: dict[str, Any], shape: str, pairs: int, few: int) -> str:
+    """Returns the whole text."""
+    base = f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, {options['dtype']}."
+    recipe = f"Recipe: LoRA rank 16, {json.dumps(options)}. Median (least – greatest) of {pairs} runs in turn"
+    text = ["# Training", "", circumstances(), base, f"{recipe} ({few} under bfloat16 and strategies).", ""]
+    titles = {
+        "training": "Against the stock workflow",
+        "bfloat16": "In bfloat16, as stock recipes have it",
+        "loading": "Loading",
+        "strategies": "Strategies",
+    }
+    for part, title in titles.items():
+        text += [f"## {title}", "", *kept[part], ""]
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

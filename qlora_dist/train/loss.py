@@ -31,15 +31,16 @@ class LaneModel(nn.Module):
         """Returns nll_B: the negative log-likelihood (nats, float32) summed over each row's targets."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         targets_BT = labels[:, 1:]
-        mask_BT = targets_BT != IGNORED
+        # Found once: on a GPU each search for targets waits for all that was asked of it before.
+        row_N, slot_N = (targets_BT != IGNORED).nonzero(as_tuple=True)
+        targets_N = targets_BT[row_N, slot_N]
         if self._chunked and not whole_logits:
             decoder = getattr(self.model, self.model.base_model_prefix)
-            hidden_NH = decoder(**inputs).last_hidden_state[:, :-1][mask_BT]
-            nll_N = chunked_nll(hidden_NH, self.model.get_output_embeddings(), targets_BT[mask_BT])
+            hidden_NH = decoder(**inputs).last_hidden_state[row_N, slot_N]
+            nll_N = chunked_nll(hidden_NH, self.model.get_output_embeddings(), targets_N)
         else:
-            logits_NV = self.model(**inputs).logits[:, :-1][mask_BT]
-            nll_N = cross_entropy(logits_NV.float(), targets_BT[mask_BT], reduction="none")
-        row_N = mask_BT.nonzero()[:, 0]
+            logits_NV = self.model(**inputs).logits[row_N, slot_N]
+            nll_N = cross_entropy(logits_NV.float(), targets_N, reduction="none")
         return torch.zeros(len(labels), device=nll_N.device).index_add(0, row_N, nll_N)
 
 

@@ -1,7 +1,10 @@
 """Adapters trained in one group are the adapters of their own runs, and each ends, fails and continues on its own."""
 
 import json
+import os
 import shutil
+import signal
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,7 +18,8 @@ from qlora_dist.errors import ConfigError, Preempted, TrainError
 from qlora_dist.model.adapter import ADAPTER_FILES, read_provenance
 from qlora_dist.model.base import prepare_base
 from qlora_dist.testing import save_rows, save_tiny_model
-from qlora_dist.train import train_adapter, train_adapters
+from qlora_dist.train import joint, train_adapter, train_adapters
+from qlora_dist.train.checkpoint import Checkpoints
 from qlora_dist.train.step import Stepper
 
 LABELS = ("a", "b", "c")
@@ -189,3 +193,76 @@ def test_killed_between_two_checkpoints_of_one_round_the_group_goes_back_togethe
     assert {made[label]["resumed_after_step"] for label in LABELS} == {1}
     for label in LABELS:
         assert (stopped[label] / ADAPTER_FILES[1]).read_bytes() == (whole[label] / ADAPTER_FILES[1]).read_bytes()
+
+
+def live(work, log, owner, name, call):
+    """Works in a process of its own, killed by -9 as it makes this call of `owner.name`; returns its exit code.
+
+    The steps that it took are in `log`, `lane step` a line.
+    """
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            after(Stepper, "take", lambda stepper, steps, *_: note(log, stepper, steps))
+            calls = Counter()
+            before(
+                owner,
+                name,
+                lambda: calls.update([name]) or (calls[name] == call and os.kill(os.getpid(), signal.SIGKILL)),
+            )
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def note(log, stepper, steps):
+    with log.open("a") as file:
+        file.write("".join(f"{stepper.lanes[k].name} {step}\n" for k, step in steps.items()))
+
+
+def before(owner, name, do):
+    plain = getattr(owner, name)
+    setattr(owner, name, lambda *args, **named: (do(), plain(*args, **named))[1])
+
+
+def after(owner, name, do):
+    plain = getattr(owner, name)
+
+    def both(*args, **named):
+        result = plain(*args, **named)
+        do(*args)
+        return result
+
+    setattr(owner, name, both)
+
+
+MOMENTS = [
+    (Checkpoints, "save", 5, "in the middle of a round's checkpoints"),
+    (Stepper, "take", 2, "before a round"),
+    (joint, "save_lane", 1, "when the first lane has ended, before its adapter is there"),
+    (joint, "write_end", 1, "when its adapter is there, before it counts as done"),
+    (Checkpoints, "save", 2, "in the middle of another round"),
+    (joint, "write_end", 2, "when all but one lane are done"),
+]
+
+
+def test_killed_by_force_at_any_moment_a_sweep_ends_with_the_same_bytes_and_loses_a_round_at_most(
+    configs, inputs, outs, tmp_path
+):
+    configs = {label: replace(c, train=replace(c.train, checkpoint_every_s=0.0)) for label, c in configs.items()}
+    whole, killed, log = outs("whole"), outs("killed"), tmp_path / "steps.log"
+    train_adapters(configs, inputs, whole)
+    for owner, name, call, when in MOMENTS:
+        code = live(lambda: train_adapters(configs, inputs, killed), log, owner, name, call)
+        assert code == -signal.SIGKILL, when
+    made = train_adapters(configs, inputs, killed)
+    assert list(made) == list(LABELS)
+    for label in LABELS:
+        assert (killed[label] / ADAPTER_FILES[1]).read_bytes() == (whole[label] / ADAPTER_FILES[1]).read_bytes()
+        assert steps(killed[label]) == steps(whole[label])
+    taken = Counter(log.read_text().splitlines())
+    in_rounds = sum(name == "save" for _, name, *_ in MOMENTS)
+    assert sum(count - 1 for count in taken.values()) <= in_rounds * len(LABELS), "a kill loses no more than a round"
