@@ -302,6 +302,7 @@ def trial_plan(root: Path, ranks: tuple[int, ...]) -> tuple[Plan, Node]:
         inputs[f"scores-{trial.name}"] = plan.add("validated", adapter.label, scored, inputs={"adapter": adapter})
         with tracked(plan, adapter, lane=trial.name):
             log_metrics(1, {"loss": 3.0}, lane=trial.name)
+    facts = {"num_steps": 9}
     for name, node in inputs.items():
         folder = plan.store.folder(node.id)
         folder.mkdir(parents=True)
@@ -311,8 +312,10 @@ def trial_plan(root: Path, ranks: tuple[int, ...]) -> tuple[Plan, Node]:
             kinds = (("legal", 100 * level), ("general", 200.0))
             rows = [Document(domain=d, record=d, cluster=d, nll_bits=bits, **common) for d, bits in kinds]
             write_documents(rows, folder)
-        values = {name: getattr(node, name) for name in ("stage", "label", "key", "recipe", "inputs")}
-        manifest = Manifest(**values, version=1, leaves={}, execution=node.config, facts={"num_steps": 9})
+        values = {name: getattr(node, name) for name in ("stage", "key", "recipe", "inputs")}
+        manifest = Manifest(
+            **values, label=node.subject or node.label, version=1, leaves={}, execution=node.config, facts=facts
+        )
         write_json(folder / "manifest.json", {f: getattr(manifest, f) for f in Manifest.__dataclass_fields__})
     return plan, plan.add("winner", "legal-0", WinnerConfig(domain="legal", trials=trials), inputs=inputs)
 
