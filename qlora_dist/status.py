@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from qlora_dist.errors import QloraDistError
 
 WATCH_S = 5.0
+CLOSING_LOOKS = 12
+"""So many looks at a run whose nodes have all ended are given to whoever closes it; a launcher that died never will."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,9 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args(argv)
     try:
+        looks = 0
         while True:
-            has_ended, has_failed = _show(args.folder, args.json)
-            if has_ended or not args.watch:
+            has_ended, has_failed, is_closed = _show(args.folder, args.json)
+            looks += has_ended
+            if not args.watch or (has_ended and (is_closed or looks > CLOSING_LOOKS)):
                 return int(has_failed)
             time.sleep(WATCH_S)
     except QloraDistError as error:
@@ -35,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _show(folder: str, as_json: bool) -> tuple[bool, bool]:
+def _show(folder: str, as_json: bool) -> tuple[bool, bool, bool]:
+    """Prints how a run stands; says whether all its nodes have ended, whether one failed, and whether it is closed."""
     from qlora_dist.launch.standing import Standing, run_folder, standings
 
     plan = run_folder(folder)
@@ -55,7 +60,7 @@ def _show(folder: str, as_json: bool) -> tuple[bool, bool]:
         print(f"{plan.experiment}: {said}" + (f"; {plan.folder / 'report.html'}" if closed else ""))
         if note:
             print(f"note: {note}", file=sys.stderr)
-    return not counts["running"] and not counts["waiting"], bool(counts["failed"])
+    return not counts["running"] and not counts["waiting"], bool(counts["failed"]), closed
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qlora_dist.config.run import RunConfig
 from qlora_dist.errors import ArtifactError, LaunchError
 from qlora_dist.launch.base import Job, Launcher, State
 from qlora_dist.launch.closing import closing_job
-from qlora_dist.launch.jobs import make_jobs, node_states
+from qlora_dist.launch.jobs import forget_failures, make_jobs, node_states
 from qlora_dist.launch.open import opened
 from qlora_dist.launch.screen import Screen, clock, plan_table
 from qlora_dist.launch.slurm.shape import CLOSE
@@ -30,6 +30,8 @@ POLL_S = 0.2
 
 GATE_FAILED = 3
 """The exit code of a run that finished, but whose model does not pass `evaluate.gate=strict`."""
+
+INTERRUPTED = 130
 
 
 def run(config: RunConfig, command: str, console: Console) -> int:
@@ -63,6 +65,7 @@ def run(config: RunConfig, command: str, console: Console) -> int:
             _writable(plan.folder)
             with claimed(plan, f"launch {plan.experiment}"):
                 publish(plan, [plan.write()])
+                forget_failures(plan, finished)
                 _say_drift(moved, console)
                 _say_notes(plan, console)
                 return _drive(plan, launcher, jobs, console)
@@ -75,34 +78,31 @@ def _drive(plan: Plan, launcher: Launcher, jobs: Sequence[Job], console: Console
     """Runs the jobs to their end, closes the run, and says how it went."""
     to_run = {name for job in jobs for name in job.nodes}
     states = {name: State.cached for name in plan.names() if name not in to_run}
-    console.print(f"{len(to_run)} of {len(plan.nodes)} nodes to run; logs in {plan.folder / 'logs'}")
     started = time.monotonic()
-    interrupted = False
-    with Screen(plan, console) as screen:
-        screen.update(states)
-        try:
+    screen = Screen(plan, console)
+    try:
+        console.print(f"{len(to_run)} of {len(plan.nodes)} nodes to run; logs in {plan.folder / 'logs'}")
+        with screen:
+            screen.update(states)
             for job in jobs:
                 launcher.submit(job)
             told = launcher.poll()
             while not all(told[job.name].has_ended for job in jobs):
-                states |= node_states(plan, jobs, told)
-                screen.update(states)
+                screen.update(states | node_states(plan, jobs, told))
                 time.sleep(POLL_S)
                 told = launcher.poll()
-        except KeyboardInterrupt:
-            interrupted = True
-            told = _leave(plan, launcher, console)
-        except BaseException:
-            if not launcher.outlives:
-                launcher.cancel()
-            raise
-        states |= node_states(plan, jobs, told)
-        screen.update(states)
-        seconds = dict(screen.seconds)
-    if interrupted:
-        return 130
+            states |= node_states(plan, jobs, told)
+            screen.update(states)
+    except KeyboardInterrupt:
+        _leave(plan, launcher, console)
+        return INTERRUPTED
+    except BaseException:
+        if not launcher.outlives:
+            launcher.cancel()
+        raise
     endings = {
-        node.name: ending_of(plan, node, states[node.name].name, seconds.get(node.name, 0)) for node in plan.nodes
+        node.name: ending_of(plan, node, states[node.name].name, screen.seconds.get(node.name, 0))
+        for node in plan.nodes
     }
     _say_failures(plan, endings, console)
     is_closed_there = told.get(CLOSE) is State.done
@@ -111,15 +111,14 @@ def _drive(plan: Plan, launcher: Launcher, jobs: Sequence[Job], console: Console
     return _show_results(plan, summary, console)
 
 
-def _leave(plan: Plan, launcher: Launcher, console: Console) -> Mapping[str, State]:
-    """Ends the jobs at an interrupt, or leaves them to run on where they do; returns their states."""
+def _leave(plan: Plan, launcher: Launcher, console: Console) -> None:
+    """Ends the jobs at an interrupt, or leaves them to run on where they do."""
     if launcher.outlives:
         commands = f"python -m qlora_dist.status {plan.folder}, or python -m qlora_dist.cancel {plan.folder}"
         console.print(f"The jobs go on without this command, to the report: {commands}", soft_wrap=True)
-        return {}
+        return
     launcher.cancel()
     console.print("Interrupted. What is finished stays; the same command goes on from there.")
-    return launcher.poll()
 
 
 def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from graphlib import TopologicalSorter
 from typing import Any
@@ -137,6 +137,16 @@ def _sizes(node: Node) -> Iterator[int]:
 
 def _any_ready(plan: Plan, nodes: Sequence[Node]) -> bool:
     return any(plan.has_inputs(node) for node in nodes)
+
+
+def forget_failures(plan: Plan, finished: Collection[str]) -> None:
+    """Removes the words of failure of artifacts that are finished after all, by a process that was thought lost.
+
+    A node that reads one, on a machine that doesn't see it yet, would take that word as a reason not to wait.
+    """
+    for node in plan.nodes:
+        if node.id in finished:
+            plan.failure_path(node).unlink(missing_ok=True)
 
 
 def node_states(plan: Plan, jobs: Iterable[Job], states: Mapping[str, State]) -> dict[str, State]:

@@ -41,6 +41,12 @@ def test_a_flight_is_the_same_again():
     assert first.happened
 
 
+def test_a_word_of_failure_does_not_outlive_what_a_lost_process_finished():
+    flight = fly_ray(40692)
+    assert "adapter/0" in {name for name, state in flight.first.items() if not state.is_good}
+    assert not flight.wrong, flight
+
+
 def no_owner(self: Store, artifact_id: str, job: str, *, resumes: bool = False):
     self.partial(artifact_id).mkdir(parents=True, exist_ok=True)
     return nullcontext()

@@ -13,7 +13,7 @@ from unittest import mock
 from qlora_dist.artifacts.store import MANIFEST, Store
 from qlora_dist.config.launch import LauncherConfig, RayConfig
 from qlora_dist.launch.base import Launcher, Machine, State
-from qlora_dist.launch.jobs import make_jobs, node_states
+from qlora_dist.launch.jobs import forget_failures, make_jobs, node_states
 from qlora_dist.launch.ray import RayLauncher
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.stages import STAGES
@@ -130,6 +130,7 @@ def _run(world: World, plan: Plan, launcher: Launcher, flight: Flight) -> dict[s
     """Does what `launch.drive` does; returns how each node ended."""
     finished = plan.store.finished(node.id for node in plan.nodes)
     states = {node.name: State.cached for node in plan.nodes if node.id in finished}
+    forget_failures(plan, finished)
     jobs = make_jobs(plan, [n for n in plan.nodes if n.id not in finished], Machine(cores=2, memory_bytes=1 << 40), 0)
     for job in jobs:
         launcher.submit(job)

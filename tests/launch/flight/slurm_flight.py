@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from qlora_dist.config.launch import LauncherConfig
 from qlora_dist.launch.base import Machine, State
-from qlora_dist.launch.jobs import make_jobs
+from qlora_dist.launch.jobs import forget_failures, make_jobs
 from qlora_dist.launch.slurm.arrays import arrange
 from qlora_dist.launch.slurm.limit import hold_to
 from qlora_dist.launch.slurm.shape import shape_of
@@ -54,6 +54,7 @@ def fly_slurm(seed: int, num_faults: int | None = None) -> Flight:
 def _run_on_slurm(world: World, plan: Plan, slurm: FakeSlurm, flight: Flight) -> dict[str, State]:
     """Submits what is not finished as arrays, and looks when the queue is empty."""
     finished = plan.store.finished(node.id for node in plan.nodes)
+    forget_failures(plan, finished)
     jobs = make_jobs(plan, [n for n in plan.nodes if n.id not in finished], Machine(cores=2, memory_bytes=1 << 40), 0)
     config = LauncherConfig()
     arrays = arrange(jobs, {job.name: shape_of(job, config).name for job in jobs}, most_tasks=2)
