@@ -75,7 +75,9 @@ def train_once(folder: Path, strategy: str, options: dict[str, Any]) -> dict[str
         model=ModelConfig(compute_dtype=Dtype[options["dtype"]]),
         lora=LoraConfig(lora_rank=16),
         train=recipe,
-        strategy=StrategyConfig(name=StrategyName[strategy], world_size=world_size()),
+        strategy=StrategyConfig(
+            name=StrategyName[strategy], world_size=world_size(), zero_stage=options.get("zero_stage", 2)
+        ),
         seed=1,
     )
     inputs = {"base": folder / "base", "tokenizer": folder / "model", "rows": folder / "rows"}

@@ -65,6 +65,7 @@ class ModelConfig:
     double_quant: bool = True
     compute_dtype: Dtype = setting(Dtype.bfloat16)
     attention: str = execution("sdpa")
+    liger: bool = execution(False)
     tiny: TinyConfig = execution(TinyConfig)
 
     def check(self, key: str) -> None:

@@ -34,6 +34,14 @@ class StrategyName(Enum):
     auto = "auto"
 
 
+class Checkpointing(Enum):
+    """Whether activations are computed again in the backward pass, not kept; `auto`: where memory is short."""
+
+    off = "off"
+    on = "on"
+    auto = "auto"
+
+
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
     """The shape and scale of an adapter (LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732)."""
@@ -62,7 +70,7 @@ class TrainConfig:
     adam_beta2: float = setting(0.999, at_least=0, below=1)
     max_grad_norm: float = setting(1.0, above=0)
     micro_batch_tokens: int = execution(2048, at_least=8)
-    activation_checkpointing: bool = execution(False)
+    activation_checkpointing: Checkpointing = execution(Checkpointing.off)
     log_every_steps: int = execution(1, at_least=1)
     checkpoint_every_s: float = execution(600.0, at_least=0)
     dense_cache_share: float = execution(-1.0, at_least=-1, below=1)

@@ -108,7 +108,9 @@ def _bad_key_or_value(error: OmegaConfBaseException, values: Mapping[str, str]) 
         return ConfigError(f"{key}: a value is needed and none is set. Set {key}=<value>.")
     quoted = re.search(r"[Vv]alue '(.*?)'", message)
     value = values.get(key) or (quoted.group(1) if quoted else "")
-    return bad_value(key, value, _wanted(key))
+    wanted = _wanted(key)
+    quotes = "YAML reads on and off as true and false: write 'on' or 'off', with quotes."
+    return bad_value(key, value, wanted, quotes if value.lower() in ("true", "false") and "off" in wanted else "")
 
 
 def _options(group: str) -> list[str]:

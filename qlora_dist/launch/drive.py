@@ -19,7 +19,7 @@ from qlora_dist.launch.base import Job, Launcher, State
 from qlora_dist.launch.closing import closing_job
 from qlora_dist.launch.jobs import forget_failures, make_jobs, node_states
 from qlora_dist.launch.open import opened
-from qlora_dist.launch.screen import Screen, clock, plan_table
+from qlora_dist.launch.screen import Screen, certificate_table, clock, plan_table
 from qlora_dist.launch.slurm.shape import CLOSE
 from qlora_dist.pipeline.close import Ending, close_run, ending_of, is_closed, serve_command
 from qlora_dist.pipeline.nodes import make_plan, unread_keys
@@ -124,6 +124,8 @@ def _leave(plan: Plan, launcher: Launcher, console: Console) -> None:
 def _show_results(plan: Plan, summary: dict[str, Any], console: Console) -> int:
     from qlora_dist.evaluate.report import difference_table, score_table
 
+    if certificate := certificate_table(summary):
+        console.print(certificate)
     if summary["scores"]:
         console.print(score_table(summary))
     if compared := difference_table(summary):

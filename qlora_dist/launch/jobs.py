@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qlora_dist.config.model import ModelConfig
-from qlora_dist.config.train import LoraConfig, StrategyName, TrainConfig
+from qlora_dist.config.train import Checkpointing, LoraConfig, StrategyName, TrainConfig
 from qlora_dist.data.blocks import BLOCK_BYTES
 from qlora_dist.data.sources import Piece
 from qlora_dist.launch.base import Job, Machine, State
@@ -95,7 +95,7 @@ def _lanes_bytes(nodes: Sequence[Node]) -> int:
 def _lane_bytes(model: Mapping[str, Any], lora: Mapping[str, Any], train: Mapping[str, Any]) -> int:
     decides = (
         (lora["lora_rank"], lora["target_modules"]),
-        (train["micro_batch_tokens"], train["activation_checkpointing"]),
+        (train["row_tokens"], train["micro_batch_tokens"], train["activation_checkpointing"]),
     )
     return _bytes_of(json.dumps(model), *map(json.dumps, decides))
 
@@ -107,9 +107,12 @@ def _bytes_of(model: str, lora: str, train: str) -> int:
     shape = shape_of(told)
     if shape is None:
         return 0
-    (lora_rank, target_modules), (tokens, checkpointing) = json.loads(lora), json.loads(train)
+    (lora_rank, target_modules), (row_tokens, tokens, checkpointing) = json.loads(lora), json.loads(train)
     lane = LoraConfig(lora_rank=lora_rank, target_modules=target_modules)
-    return lane_bytes(shape, told, lane, TrainConfig(micro_batch_tokens=tokens, activation_checkpointing=checkpointing))
+    recipe = TrainConfig(
+        row_tokens=row_tokens, micro_batch_tokens=tokens, activation_checkpointing=Checkpointing[checkpointing]
+    )
+    return lane_bytes(shape, told, lane, recipe)
 
 
 def _spread_over(plan: Plan, node: Node, machine: Machine) -> int:

@@ -138,6 +138,28 @@ def plan_table(plan: Plan, cached: Mapping[str, bool], moved: Mapping[str, list[
     return table
 
 
+def certificate_table(summary: Mapping[str, Any]) -> Table | None:
+    """Lists what was checked of the run's trainings: each check, how many passed it, and what was found of the first.
+
+    Returns nothing where nothing was trained. What was found of each one is in its manifest and in the report.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for node in summary["nodes"]:
+        certificate = node.get("facts", {}).get("certificate", ())
+        for row in certificate if isinstance(certificate, (list, tuple)) else ():
+            found.setdefault(row["check"], []).append(row)
+    if not found:
+        return None
+    table = Table(title="Certificate of what was trained", title_justify="left", box=None, pad_edge=False)
+    for column, justify in (("check", "left"), ("passed", "right"), ("found", "left")):
+        table.add_column(column, justify="right" if justify == "right" else "left", no_wrap=column == "passed")
+    for check, rows in found.items():
+        passed = sum(bool(row["passed"]) for row in rows)
+        style = "green" if passed == len(rows) else "bold red"
+        table.add_row(check, Text(f"{passed} of {len(rows)}", style=style), Text(str(rows[0]["found"])))
+    return table
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

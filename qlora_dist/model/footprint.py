@@ -1,7 +1,7 @@
 """What a training will hold in memory, told beforehand from the base's shape: weights once, and so much for each lane.
 
 h hidden size, q and k the widths of the query and key projections, I of the feed-forward, L layers, N the parameters
-of the decoder's linear layers.
+of the decoder's linear layers, T tokens of a row, V the vocabulary, w bytes of a value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_dist.config.model import Dtype, ModelConfig, Quantization
-from qlora_dist.config.train import LoraConfig, TrainConfig
+from qlora_dist.config.train import Checkpointing, LoraConfig, TrainConfig
 
 NF4_BITS = 4.127
 """Bits a weight, with double quantization in blocks of 64 (QLoRA, arXiv 2305.14314, section 3)."""
@@ -49,9 +49,13 @@ def shape_of(model: ModelConfig) -> Shape | None:
         return Shape(
             tiny.hidden_size, tiny.hidden_size, key, tiny.intermediate_size, tiny.num_layers, tiny.vocab_size, True
         )
+    return shape_in(Path(model.path).expanduser())
+
+
+def shape_in(folder: Path) -> Shape | None:
+    """Returns the shape of the model in a folder, or None where its `config.json` doesn't tell it."""
     try:
-        fields = json.loads((Path(model.path).expanduser() / "config.json").read_text(encoding="utf-8"))
-        return _from_fields(fields)
+        return _from_fields(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError):
         return None
 
@@ -79,19 +83,37 @@ def base_bytes(shape: Shape, model: ModelConfig) -> int:
     return int(num_linear * linear_bytes + num_outer * width)
 
 
-def lane_bytes(shape: Shape, model: ModelConfig, lora: LoraConfig, train: TrainConfig) -> int:
+def lane_bytes(
+    shape: Shape, model: ModelConfig, lora: LoraConfig, train: TrainConfig, recomputes: bool | None = None
+) -> int:
     """Returns the bytes of one lane: its factors with gradient and moments, and the activations of its micro-batch.
 
-    Activations a token: L(4h + 2k + 2I) values without checkpointing, L h with.
+    Args:
+        shape: of the base.
+        model: how it is stored and computed.
+        lora: what is adapted.
+        train: how much is seen at once.
+        recomputes: whether activations are computed again; None asks the config, where `auto` counts as `off`.
     """
+    if recomputes is None:
+        recomputes = train.activation_checkpointing is Checkpointing.on
     linears = shape.linears()
     adapted = [linears[name] for name in lora.target_modules or linears if name in linears]
     num_factors = shape.num_layers * lora.lora_rank * sum(i + o for i, o in adapted)
-    inner = shape.hidden
-    if not train.activation_checkpointing:
-        inner = 4 * shape.hidden + 2 * shape.key + 2 * shape.intermediate
-    num_values = train.micro_batch_tokens * shape.num_layers * inner
-    return LORA_BYTES * num_factors + _width(model) * num_values
+    return LORA_BYTES * num_factors + activation_bytes(shape, _width(model), train, recomputes)
+
+
+def activation_bytes(shape: Shape, width: int, train: TrainConfig, recomputes: bool) -> int:
+    """Returns the bytes that a micro-batch leaves for its backward pass.
+
+    A decoder layer keeps, for each token, 2h in float32 (inputs of its norms), and in the compute dtype 2h (what they
+    give), 4q (queries, keys and values of all heads, attention's output), 4I and T (a row of the mask). Recomputed,
+    it keeps h, and one layer at a time the rest. Counted by `tests/unit/model/test_footprint.py` on a real model.
+    """
+    h, q, inner = shape.hidden, shape.query, shape.intermediate
+    a_layer = 8 * h + width * (2 * h + 4 * q + 4 * inner + train.row_tokens)
+    kept = shape.num_layers * h * width + a_layer if recomputes else shape.num_layers * a_layer
+    return train.micro_batch_tokens * kept
 
 
 def _width(model: ModelConfig) -> int:

@@ -49,15 +49,15 @@ def train_adapter(
 
 
 def _train_single(training: Training) -> Facts:
-    from qlora_dist.train.huggingface import train_with_trainer
+    from qlora_dist.train.huggingface import recomputes_alone, train_with_trainer
     from qlora_dist.train.validation import mean_loss
 
     clear(training.out)
     started = time.monotonic()
-    certificate = Certificate()
+    certificate, recomputes = Certificate(), recomputes_alone(training)
     with sinks(JsonlSink(training.out / METRICS_FILE)):
-        model = train_with_trainer(training, certificate)
-    facts: Facts = {"num_trainable": num_trainable(model)}
+        model = train_with_trainer(training, certificate, recomputes)
+    facts: Facts = {"num_trainable": num_trainable(model), "activation_checkpointing": "on" if recomputes else "off"}
     if training.held_out is not None:
         facts["validation_loss"] = mean_loss(model, training.held_out, training.config.train.micro_batch_tokens)
     save(training, model, certificate)

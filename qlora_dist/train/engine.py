@@ -11,6 +11,7 @@ from qlora_dist.config.train import TrainConfig
 from qlora_dist.errors import TrainError
 from qlora_dist.model.base import Base, load_model
 from qlora_dist.model.frozen import keep_dense_within
+from qlora_dist.model.kernels import use_kernels
 from qlora_dist.model.prequantized import PrequantizedReader, build_skeleton, is_stored
 from qlora_dist.runtime import Facts
 from qlora_dist.train.certificate import Certificate, Check
@@ -31,6 +32,7 @@ from qlora_dist.train.loss import LaneModel
 from qlora_dist.train.memory import free_memory_bytes
 from qlora_dist.train.step import Stepper
 from qlora_dist.train.strategies import Strategy
+from qlora_dist.train.strategies.choice import recomputes
 from qlora_dist.train.strategies.ddp import frozen_parameters
 from qlora_dist.train.validation import row_losses
 
@@ -42,6 +44,7 @@ class Engine:
     stepper: Stepper
     whole_bytes: int = 0
     dense_cache_bytes: int = 0
+    recomputes: bool = False
     certificate: Certificate = field(default_factory=Certificate)
     fingerprint: list[int] = field(default_factory=list)
 
@@ -51,12 +54,14 @@ class Engine:
         train = lanes[0].train
         stored = is_stored(base, model)
         loaded = build_skeleton(base, model) if stored else load_model(base, model)
+        use_kernels(loaded, model)
         seating = attach_lanes(loaded, lanes)
         for lane in lanes:
             lane.make_optimizer()
-        if train.activation_checkpointing:
-            loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        engine = cls(Stepper(LaneModel(loaded).train(), lanes, seating, strategy))
+        recomputed = recomputes(model, base, lanes, strategy)
+        if recomputed:
+            loaded.activation_checkpointing_enable({"use_reentrant": False})
+        engine = cls(Stepper(LaneModel(loaded).train(), lanes, seating, strategy), recomputes=recomputed)
         if stored:
             engine.place_stored(base, model)
         else:
@@ -90,6 +95,7 @@ class Engine:
             "strategy": self.stepper.strategy.name,
             "base_bytes_per_rank": self.stepper.strategy.base_bytes(self.stepper.model),
             "dense_cache_bytes": self.dense_cache_bytes,
+            "activation_checkpointing": "on" if self.recomputes else "off",
         }
 
     def examine(self, courses: list[Course]) -> None:

@@ -12,23 +12,26 @@ from typing import Any
 
 from qlora_dist.config.model import Dtype
 from qlora_dist.config.stages import AdapterConfig
-from qlora_dist.config.train import Method, TrainConfig
+from qlora_dist.config.train import Checkpointing, Method, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.errors import bad_value
 from qlora_dist.model.base import load_model
+from qlora_dist.model.kernels import use_kernels
 from qlora_dist.model.lora import attach_lora
-from qlora_dist.runtime import Progress, device, log_metrics, set_seed
+from qlora_dist.runtime import Progress, device, log, log_metrics, set_seed
 from qlora_dist.train.batches import tensors
 from qlora_dist.train.budget import Budget
 from qlora_dist.train.certificate import Certificate
 from qlora_dist.train.examination import Examination
 from qlora_dist.train.first_steps import check_finite
+from qlora_dist.train.memory import free_memory_bytes
+from qlora_dist.train.strategies.choice import FITS, standard_bytes
 from qlora_dist.train.training import Training
 
 LOGGED: tuple[str, ...] = ("loss", "learning_rate", "grad_norm")
 
 
-def train_with_trainer(training: Training, certificate: Certificate) -> Any:
+def train_with_trainer(training: Training, certificate: Certificate, recomputes: bool = False) -> Any:
     """Returns the trained model, a PEFT model or for `train.method=full` the whole base, and notes what was checked.
 
     The same config, rows and seed give the same weights to the bit on one CPU with one number of threads.
@@ -46,12 +49,13 @@ def train_with_trainer(training: Training, certificate: Certificate) -> Any:
         model = load_model(base, config.model, dtype=torch.float32, quantized=False)
     else:
         model = attach_lora(load_model(base, config.model), config.lora)
+    use_kernels(model, config.model)
     examination = Examination(certificate, training, model)
     examination.before()
     with tempfile.TemporaryDirectory() as unused:
         trainer = Trainer(
             model=model,
-            args=training_arguments(config, budget, Path(unused)),
+            args=training_arguments(config, budget, Path(unused), recomputes),
             train_dataset=OrderedRows(training.rows, budget),
             optimizers=optimizer_and_schedule(model, config.train, budget),
             callbacks=[metrics_callback(config, budget, certificate), examination.callback()],
@@ -62,7 +66,18 @@ def train_with_trainer(training: Training, certificate: Certificate) -> Any:
     return model
 
 
-def training_arguments(config: AdapterConfig, budget: Budget, folder: Path) -> Any:
+def recomputes_alone(training: Training) -> bool:
+    """Says whether the Trainer computes activations again: as the config has it, with `auto` where they don't fit."""
+    asked = training.config.train.activation_checkpointing
+    if asked is not Checkpointing.auto:
+        return asked is Checkpointing.on
+    needed = standard_bytes(training.config, training.base)
+    answer = needed > FITS * free_memory_bytes()
+    log.info("activation_checkpointing=auto: %s, since off needs %.2f GB", "on" if answer else "off", needed / 1e9)
+    return answer
+
+
+def training_arguments(config: AdapterConfig, budget: Budget, folder: Path, recomputes: bool = False) -> Any:
     """Returns the recipe in the Trainer's words; the rows come in their order already, so it must not shuffle."""
     from transformers import TrainingArguments
 
@@ -79,7 +94,7 @@ def training_arguments(config: AdapterConfig, budget: Budget, folder: Path) -> A
         max_grad_norm=train.max_grad_norm,
         bf16=dtype is Dtype.bfloat16,
         fp16=dtype is Dtype.float16,
-        activation_checkpointing=train.activation_checkpointing,
+        activation_checkpointing=recomputes,
         use_cpu=device().type == "cpu",
         seed=config.seed,
         logging_steps=1,

@@ -20,6 +20,7 @@ from qlora_dist.train.course import Course, where_to_continue
 from qlora_dist.train.first_steps import Watch, check_finite, check_order, check_read, rows_digest
 from qlora_dist.train.memory import peak_memory_bytes
 from qlora_dist.train.processes import naming_who_is_missing, same_on_all_ranks
+from qlora_dist.train.speed import utilization
 from qlora_dist.train.step import Stepper, StepResult
 
 
@@ -156,6 +157,7 @@ class Loop:
     def _tell(self, running: dict[int, Course], results: dict[int, StepResult], progress: Progress) -> None:
         tokens = sum(c.lane.train.tokens_per_step for c in running.values())
         speed = {"tokens_per_s": self._clock.tokens_per_s(tokens)}
+        speed |= utilization(self.stepper, [c.lane for c in running.values()], speed["tokens_per_s"])
         for k, course in running.items():
             values = {key: getattr(results[k], key) for key in ("loss", "learning_rate", "grad_norm")}
             if course.step % self.log_every_steps == 0 or not course.is_running:

@@ -15,6 +15,7 @@ from qlora_dist.config.train import Method, check_step, check_supported
 from qlora_dist.data.rows import Rows
 from qlora_dist.model.adapter import Provenance
 from qlora_dist.model.base import Base, open_base
+from qlora_dist.model.kernels import check_kernels
 from qlora_dist.model.weights import tokenizer_digest
 from qlora_dist.runtime import Facts
 from qlora_dist.train.batches import open_rows
@@ -41,9 +42,11 @@ class Training:
 
         Raises:
             TrainError: if the rows don't fit the base or the recipe.
+            ConfigError: for a step that doesn't divide, a combination that no strategy does, kernels that can't run.
         """
         check_step(config.train, config.strategy.world_size)
         check_supported(config.train, config.strategy)
+        check_kernels(config.model)
         plain, config = config, watched(config)
         base, row_tokens = open_base(inputs["base"]), config.train.row_tokens
         rows = open_rows(inputs["rows"], base, row_tokens)

@@ -9,6 +9,7 @@ import time
 import traceback
 from dataclasses import replace
 
+from qlora_dist.config.train import StrategyName
 from qlora_dist.errors import Preempted
 from qlora_dist.testing import rank_environment
 from qlora_dist.train import train_adapter
@@ -41,6 +42,10 @@ def drill(config, inputs, out, kills, world_sizes, longest_s, seed=0):
 
     import qlora_dist.train.engine  # noqa: F401
 
+    if config.strategy.name is StrategyName.deepspeed:
+        from qlora_dist.train.strategies.deepspeed import import_deepspeed
+
+        import_deepspeed()
     chance, killed = random.Random(seed), 0
     for number in range(kills):
         size = world_sizes[number % len(world_sizes)]

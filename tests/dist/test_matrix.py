@@ -7,7 +7,7 @@ import pytest
 
 from qlora_dist.config.fields import check
 from qlora_dist.config.model import Quantization
-from qlora_dist.config.train import Method, StrategyName, check_supported
+from qlora_dist.config.train import Checkpointing, Method, StrategyName, check_supported
 from qlora_dist.errors import ConfigError
 from qlora_dist.train import train_adapter
 
@@ -18,8 +18,8 @@ def cells():
     lines = DOC.read_text().split("## What is supported")[1].split("## ")[0].splitlines()
     table = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     for strategy, size, method, quantization, plain, recompute in table[2:]:
-        yield strategy, int(size), method, quantization, False, plain
-        yield strategy, int(size), method, quantization, True, recompute
+        yield strategy, int(size), method, quantization, "off", plain
+        yield strategy, int(size), method, quantization, "on", recompute
 
 
 def params():
@@ -31,7 +31,7 @@ def params():
 def test_cell(cell, pool, inputs, recipe, tmp_path):
     strategy, world_size, method, quantization, recompute, promise = cell
     strategy, _, stage = strategy.partition(" ")
-    config = recipe(activation_checkpointing=recompute, max_steps=2, quantization=Quantization[quantization])
+    config = recipe(activation_checkpointing=Checkpointing[recompute], max_steps=2, quantization=Quantization[quantization])
     config.train.method = Method[method]
     config = replace(config, strategy=replace(config.strategy, name=StrategyName[strategy], world_size=world_size))
     config.strategy.zero_stage = int(stage or 2)

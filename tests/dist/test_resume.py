@@ -72,6 +72,23 @@ def test_thirty_four_kills_over_several_world_sizes(pool, inputs, folder, recipe
     assert distance(changed, plain) < 1e-2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "stage", "kills"), [("fsdp", 2, 8), ("deepspeed", 3, 4)])
+def test_kills_of_a_divided_base_over_several_world_sizes(pool, inputs, folder, recipe, strategy, stage, kills):
+    if strategy == "deepspeed":
+        pytest.importorskip("deepspeed")
+    plain, out = folder("plain"), folder("out")
+    pool.run(train_adapter, 1, recipe(epochs=8), inputs, plain)
+    config = recipe(strategy, 2, epochs=8, checkpoint_every_s=0.0)
+    config.strategy.zero_stage = stage
+    ((killed, codes),) = pool.run(drill, 1, config, inputs, out, kills, [2, 4, 2], 6.0, 4, timeout_s=300)
+    assert killed >= kills // 2
+    assert codes == [0, 0]
+    assert distance(out, plain) < 1e-2
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 41)), "each step stands once in the metrics"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_request_to_stop_ends_the_step_and_says_75(pool, inputs, folder, recipe, whole, number):
     out = folder("out")

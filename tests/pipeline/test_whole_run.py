@@ -26,7 +26,8 @@ def only(folder: Path, pattern: str) -> Path:
 def test_one_command_ends_well_and_prints_scores_paths_and_the_command_to_use_it(finished):
     _, code, output = finished
     assert code == 0, output
-    for expected in ("bits per byte", "report.html", "summary.json", "qlora_dist.chat"):
+    certificate = ("Certificate of what was trained", "every tensor learns", "2 of 2")
+    for expected in ("bits per byte", "report.html", "summary.json", "qlora_dist.chat", *certificate):
         assert expected in output.replace("bits_per_byte", "bits per byte"), output
 
 

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 
-from qlora_dist.config.model import Quantization
+from qlora_dist.config.model import ModelConfig
 from qlora_dist.config.stages import AdapterConfig
-from qlora_dist.config.train import StrategyName
+from qlora_dist.config.train import Checkpointing, LoraConfig, Method, StrategyName, TrainConfig
 from qlora_dist.model.base import Base
+from qlora_dist.model.footprint import Shape, activation_bytes, base_bytes, lane_bytes, shape_in
 from qlora_dist.runtime import log
+from qlora_dist.train.loss import CHUNK_VALUES
 from qlora_dist.train.memory import free_memory_bytes
 from qlora_dist.train.strategies import Strategy
 from qlora_dist.train.strategies.ddp import ReplicatedBase
 from qlora_dist.train.strategies.fsdp import ShardedBase
+
+FITS = 0.9
+"""The share of the free memory that what is needed may take."""
+
+
+class Recipe(Protocol):
+    """What decides how much a lane holds."""
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Is the shape of its factors."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Is how much it sees at once."""
 
 
 def choose_strategy(config: AdapterConfig, base: Base) -> Strategy:
@@ -24,11 +44,13 @@ def choose_strategy(config: AdapterConfig, base: Base) -> Strategy:
     replicated = ReplicatedBase()
     name = config.strategy.name
     if name is StrategyName.auto:
-        too_big = torch.tensor([float(needed_bytes(config, base) > 0.9 * free_memory_bytes())])
+        asked = config.train.activation_checkpointing
+        needed = needed_bytes(config.model, base, [config], asked is not Checkpointing.off)
+        too_big = torch.tensor([float(needed > FITS * free_memory_bytes())])
         too_big = too_big.to(replicated.device)
         replicated.sum_over_ranks([too_big])
         name = StrategyName.fsdp if too_big.item() and replicated.world_size > 1 else StrategyName.ddp
-        log.info("strategy=auto: %s, since ddp needs %.2f GB", name.name, needed_bytes(config, base) / 1e9)
+        log.info("strategy=auto: %s, since ddp needs %.2f GB", name.name, needed / 1e9)
     if name is StrategyName.deepspeed:
         from qlora_dist.train.strategies.deepspeed import ZeroBase
 
@@ -36,16 +58,45 @@ def choose_strategy(config: AdapterConfig, base: Base) -> Strategy:
     return ShardedBase(config.strategy.ranks_per_group) if name is StrategyName.fsdp else replicated
 
 
-def needed_bytes(config: AdapterConfig, base: Base) -> int:
-    """Estimates what a rank holds with the whole base on it: weights, adapters with Adam, activations, in bytes.
+def recomputes(model: ModelConfig, base: Base, lanes: Sequence[Recipe], strategy: Strategy) -> bool:
+    """Says whether activations are computed again: as the config has it, with `auto` where they don't fit.
 
-    NF4 with double quantization takes 4.127 bits a value (QLoRA, arXiv 2305.14314, section 3); embedding and head
-    stay in 16 bits. Activations follow a Llama's shape (intermediate size 3.5 x hidden, a quarter of heads for keys).
+    All ranks come to the same answer, as a sharded base needs.
     """
-    width = getattr(torch, config.model.compute_dtype.name).itemsize
-    outside = 2 * base.vocab_size * base.hidden_size
-    linear = max(base.num_parameters - outside, 0)
-    bits = 4.127 if config.model.quantization is Quantization.nf4 else 8.0 * width
-    adapters = 16 * linear * 2 * config.lora.lora_rank / base.hidden_size
-    a_token = base.num_layers * base.hidden_size * width * (1 if config.train.activation_checkpointing else 11.5)
-    return int(linear * bits / 8 + outside * width + adapters + a_token * config.train.micro_batch_tokens)
+    asked = lanes[0].train.activation_checkpointing
+    if asked is not Checkpointing.auto:
+        return asked is Checkpointing.on
+    needed = needed_bytes(model, base, lanes, False, strategy.num_parts)
+    is_short = torch.tensor([float(needed > FITS * free_memory_bytes())], device=strategy.device)
+    strategy.sum_over_ranks([is_short])
+    answer = bool(is_short.item())
+    log.info("activation_checkpointing=auto: %s, since off needs %.2f GB", "on" if answer else "off", needed / 1e9)
+    return answer
+
+
+def needed_bytes(model: ModelConfig, base: Base, lanes: Sequence[Recipe], recomputed: bool, num_parts: int = 1) -> int:
+    """Returns the bytes that a rank holds by the memory model: its part of the base, lanes, a chunk of logits."""
+    shape = shape_in(base.folder()) or _like_llama(base)
+    held = sum(lane_bytes(shape, model, lane.lora, lane.train, recomputed) for lane in lanes)
+    tokens = sum(lane.train.micro_batch_tokens for lane in lanes)
+    logits = 8 * min(CHUNK_VALUES, tokens * shape.vocab)
+    return base_bytes(shape, model) // num_parts + held + logits
+
+
+def standard_bytes(config: AdapterConfig, base: Base) -> int:
+    """Returns what the standard workflow holds without recomputation: logits are whole there, in 12 bytes a value.
+
+    PEFT keeps a float32 copy of each adapted layer's input. Full fine-tuning holds 16 bytes a parameter, in float32.
+    """
+    shape, train = shape_in(base.folder()) or _like_llama(base), config.train
+    logits = 12 * train.micro_batch_tokens * shape.vocab
+    if train.method is Method.full:
+        return 16 * base.num_parameters + activation_bytes(shape, 4, train, False) + logits
+    inputs = shape.num_layers * sum(i for i, _ in shape.linears().values())
+    return needed_bytes(config.model, base, [config], False) + logits + 4 * train.micro_batch_tokens * inputs
+
+
+def _like_llama(base: Base) -> Shape:
+    """Returns a Llama's widths for a base whose config names its own otherwise."""
+    h = base.hidden_size
+    return Shape(h, h, h // 4, 7 * h // 2, base.num_layers, base.vocab_size)

@@ -110,6 +110,29 @@ def read_row(facts):
     return row["found"]
 
 
+IN_BOTH = {
+    "tokens are trained",
+    "the end token is trained",
+    "no attention between segments",
+    "every tensor learns",
+    "the loss is finite",
+    "no config key is left unread",
+}
+OF_ADAPTERS = IN_BOTH | {
+    "one dtype for the base, float32 for adapters",
+    "the base is stored as asked",
+    "the base is unchanged",
+    "the saved adapter is the trained one",
+}
+OF_THE_LOOP = OF_ADAPTERS | {
+    "each rank holds its part of the base",
+    "the loss is the model's own",
+    "rows come in the recipe's order",
+    "all ranks hold the same adapter",
+}
+"""What every certificate holds: the loop's, the standard workflow's, and that of full fine-tuning."""
+
+
 NF4 = {"method": Method.lora, "quantization": Quantization.nf4}
 DENSE = {"method": Method.lora}
 
@@ -128,6 +151,9 @@ DENSE = {"method": Method.lora}
 def test_every_key_is_read_or_said_to_be_idle(strategy, kept, idle, other, inputs, tmp_path):
     facts = train_adapter(other(strategy, **kept), inputs, tmp_path)
     assert facts["num_steps"] == 2
+    promised = OF_THE_LOOP if strategy != "single" else OF_ADAPTERS if kept else IN_BOTH
+    assert {row["check"] for row in facts["certificate"]} == promised
+    assert all(row["passed"] and row["found"] for row in facts["certificate"])
     told = read_row(facts).partition("without effect here: ")[2]
     assert all(key.startswith((idle, "strategy.", "train.", "model.")) for key in told.split(", "))
     assert (idle in told) if idle else not told.startswith(("lora", "model"))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from qlora_dist.config.train import Checkpointing
 from qlora_dist.testing import save_rows
 from qlora_dist.train.bank import Bank, Shape
 from qlora_dist.train.step import Stepper
@@ -47,7 +48,7 @@ def test_eight_lanes_are_their_solo_runs(run, make_lane):
         assert lane.optimizer_state()["#step"] == lane.budget.num_steps
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [Checkpointing.off, Checkpointing.on])
 def test_dropout_draws_the_masks_of_the_solo_run(run, make_lane, recompute):
     def lanes():
         for k, share in enumerate((0.3, 0.0, 0.1)):

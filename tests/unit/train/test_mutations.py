@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from qlora_dist.config.model import ModelConfig, Quantization
 from qlora_dist.config.reading import watched
 from qlora_dist.config.stages import AdapterConfig
-from qlora_dist.config.train import StrategyConfig, StrategyName, TrainConfig, check_step, check_supported
+from qlora_dist.config.train import (
+    Checkpointing,
+    StrategyConfig,
+    StrategyName,
+    TrainConfig,
+    check_step,
+    check_supported,
+)
 from qlora_dist.data.rows import Rows, row_order
 from qlora_dist.data.templates import ChatTemplate
 from qlora_dist.errors import Preempted, QloraDistError
@@ -465,7 +472,7 @@ def test_checkpoint_that_is_torn_or_foreign_is_named(bench, caplog):
 
 
 @pytest.mark.parametrize("quantization", list(Quantization))
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [Checkpointing.off, Checkpointing.on])
 def test_good_runs_raise_no_alarm(bench, quantization, recompute):
     lane = bench.lane(lora={"lora_dropout": 0.1, "use_rslora": True}, activation_checkpointing=recompute)
     built, course = bench.train(lane, quantization=quantization)
