@@ -269,7 +269,7 @@ def note_steps(log: Path) -> None:
     Stepper.take = take
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_winner_and_the_same_bytes_and_loses_a_round_at_most(made, tmp_path):
+def test_killed_at_any_moment_it_ends_with_the_same_winner_and_the_same_bytes_and_loses_a_turn_at_most(made, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     whole, killed = Shard(made, tmp_path / "whole"), Shard(made, tmp_path / "killed")

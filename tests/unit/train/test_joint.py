@@ -181,7 +181,7 @@ def test_lane_of_a_stopped_group_continues_alone(configs, inputs, outs, monkeypa
     assert_same(stopped["b"], alone["b"])
 
 
-def test_killed_between_two_checkpoints_of_one_round_the_group_goes_back_together(configs, inputs, outs, monkeypatch):
+def test_killed_between_two_checkpoints_of_one_turn_the_group_goes_back_together(configs, inputs, outs, monkeypatch):
     configs = {label: replace(c, train=replace(c.train, checkpoint_every_s=0.0)) for label, c in configs.items()}
     whole, stopped = outs("whole"), outs("stopped")
     train_adapters(configs, inputs, whole)
@@ -249,7 +249,7 @@ MOMENTS = [
 ]
 
 
-def test_killed_by_force_at_any_moment_a_sweep_ends_with_the_same_bytes_and_loses_a_round_at_most(
+def test_killed_by_force_at_any_moment_a_sweep_ends_with_the_same_bytes_and_loses_a_turn_at_most(
     configs, inputs, outs, tmp_path
 ):
     configs = {label: replace(c, train=replace(c.train, checkpoint_every_s=0.0)) for label, c in configs.items()}
