@@ -141,6 +141,7 @@ def test_a_row_that_is_no_utf8_is_rejected_by_line_and_the_others_are_read(tmp_p
         ("a.csv", b"text,id,text\na,1,b\n", "two columns are named 'text'"),
         ("a.csv", b"text,gr\xfc\xdfe\na,b\n", "its header is not UTF-8; write it as UTF-8"),
     ],
+    ids=["csv of UTF-16", "jsonl of UTF-16", "gzipped text of UTF-16", "two columns of one name", "header of Latin-1"],
 )
 def test_a_file_that_would_be_read_wrong_is_refused_as_a_whole(
     tmp_path: Path, name: str, raw: bytes, says: str
