@@ -16,6 +16,25 @@ class Method(Enum):
     full = "full"
 
 
+class Optimizer(Enum):
+    """How Adam's moments are held: in 32 bits, in 8 (arXiv 2110.02861), or in pages that leave a full GPU."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw = "paged_adamw"
+    paged_adamw_8bit = "paged_adamw_8bit"
+
+    @property
+    def is_paged(self) -> bool:
+        """Says whether moments lie in unified memory, which moves to the host when a GPU is full."""
+        return self in (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Is the bytes that both moments of one trained value take."""
+        return 2 if self in (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit) else 8
+
+
 class Schedule(Enum):
     """How the learning rate moves after the warm-up."""
 
@@ -66,6 +85,7 @@ class TrainConfig:
     schedule: Schedule = setting(Schedule.cosine)
     warmup_share: float = setting(0.05, at_least=0, below=1)
     weight_decay: float = setting(0.0, at_least=0)
+    optimizer: Optimizer = setting(Optimizer.adamw)
     adam_beta1: float = setting(0.9, at_least=0, below=1)
     adam_beta2: float = setting(0.999, at_least=0, below=1)
     max_grad_norm: float = setting(1.0, above=0)
@@ -128,6 +148,10 @@ def check_supported(train: TrainConfig, strategy: StrategyConfig) -> None:
     if train.method is Method.full and strategy.name is not StrategyName.single:
         repair = "Set strategy=single, or train.method=lora."
         raise bad_value("train.method", "full", f"lora with strategy={strategy.name.name}", repair)
+    if train.optimizer is not Optimizer.adamw and strategy.name is not StrategyName.single:
+        wanted = f"adamw with strategy={strategy.name.name}, whose moments are those of adapters: 8 bytes a value"
+        repair = "Set train.optimizer=adamw, or strategy=single; strategy=deepspeed divides moments over processes."
+        raise bad_value("train.optimizer", train.optimizer.name, wanted, repair)
     if strategy.ranks_per_group and strategy.world_size % strategy.ranks_per_group:
         wanted = f"a divisor of strategy.world_size = {strategy.world_size}"
         raise bad_value("strategy.ranks_per_group", strategy.ranks_per_group, wanted)

@@ -18,9 +18,6 @@ from qlora_dist.config.train import Checkpointing, LoraConfig, TrainConfig
 NF4_BITS = 4.127
 """Bits a weight, with double quantization in blocks of 64 (QLoRA, arXiv 2305.14314, section 3)."""
 
-LORA_BYTES = 16
-"""Bytes a LoRA parameter: value, gradient and Adam's two moments in float32."""
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -100,7 +97,12 @@ def lane_bytes(
     linears = shape.linears()
     adapted = [linears[name] for name in lora.target_modules or linears if name in linears]
     num_factors = shape.num_layers * lora.lora_rank * sum(i + o for i, o in adapted)
-    return LORA_BYTES * num_factors + activation_bytes(shape, _width(model), train, recomputes)
+    return trained_bytes(train) * num_factors + activation_bytes(shape, _width(model), train, recomputes)
+
+
+def trained_bytes(train: TrainConfig) -> int:
+    """Returns the bytes of one trained value: itself and its gradient in float32, and Adam's two moments of it."""
+    return 8 + train.optimizer.moment_bytes
 
 
 def activation_bytes(shape: Shape, width: int, train: TrainConfig, recomputes: bool) -> int:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from qlora_dist.config.model import ModelConfig
 from qlora_dist.config.stages import AdapterConfig, BaseConfig
-from qlora_dist.config.train import LoraConfig, StrategyConfig, StrategyName, TrainConfig
+from qlora_dist.config.train import LoraConfig, Optimizer, StrategyConfig, StrategyName, TrainConfig
 from qlora_dist.model.base import load_model, open_base, prepare_base
 from qlora_dist.model.prequantized import load_prequantized
 from qlora_dist.testing import requires_gpu, save_rows, save_tiny_model
@@ -38,6 +38,15 @@ def test_loop_agrees_with_the_standard_workflow(inputs, tmp_path):
     (theirs, their_adapter), (ours, our_adapter) = found.values()
     assert ours == pytest.approx(theirs, rel=5e-3)
     assert our_adapter.keys() == their_adapter.keys()
+
+
+@requires_gpu
+@pytest.mark.parametrize("kind", Optimizer)
+def test_optimizers_of_every_kind_lower_the_loss(kind, inputs, tmp_path):
+    recipe = TrainConfig(row_tokens=128, tokens_per_step=1024, micro_batch_tokens=512, epochs=8, optimizer=kind)
+    train_adapter(AdapterConfig(lora=LoraConfig(lora_rank=32), train=recipe, seed=1), inputs, tmp_path)
+    lines = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1] < lines[0]
 
 
 @requires_gpu

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from qlora_dist.launch.compose import compose_run
+from qlora_dist.pipeline.nodes import make_plan
 from tests.unit.export.llama_cpp import LlamaCpp
 
 
@@ -225,6 +229,28 @@ def test_multirun_shares_what_its_points_have_in_common(workplace):
         assert config["r"] == 2 * rank
     assert not (workplace.folder / "multirun").exists()
     assert sorted(path.name for path in workplace.folder.iterdir()) == ["general", "legal", "runs"]
+    is_what_a_grid_of_its_points_trains(workplace)
+
+
+def is_what_a_grid_of_its_points_trains(workplace):
+    """A grid over the same points finds each adapter finished; and trains the same ones, as lanes, where it doesn't."""
+    told = workplace.command(f"root={workplace.folder / 'runs'}", "sweep=grid", "sweep.lora_rank=[2,4]", "name=grid")
+    plan = make_plan(compose_run(told[3:]))
+    trials = [node for node in plan.nodes if node.stage == "adapter"]
+    assert [node.label for node in trials] == [f"files-{shard}.r{rank}" for shard in (0, 1) for rank in (2, 4)]
+    assert len({node.group for node in trials}) == 2, "a job a shard"
+    files = {n.label: plan.store.folder(n.id) / "adapter_model.safetensors" for n in trials if n.subject == "files-0"}
+    alone = {label: load_file(path) for label, path in files.items()}
+    for path in files.values():
+        shutil.rmtree(path.parent)
+    names = [f"adapter/{label}" for label in files]
+    command = [sys.executable, "-m", "qlora_dist.pipeline", str(plan.write()), *names]
+    subprocess.run(command, check=True, cwd=workplace.folder, capture_output=True)
+    for label, path in files.items():
+        together = load_file(path)
+        assert together.keys() == alone[label].keys()
+        for name, value in together.items():
+            assert (value - alone[label][name]).norm() <= 1e-5 * max(1.0, float(alone[label][name].norm())), label
 
 
 @pytest.mark.slow

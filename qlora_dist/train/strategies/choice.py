@@ -11,7 +11,7 @@ from qlora_dist.config.model import ModelConfig
 from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Checkpointing, LoraConfig, Method, StrategyName, TrainConfig
 from qlora_dist.model.base import Base
-from qlora_dist.model.footprint import Shape, activation_bytes, base_bytes, lane_bytes, shape_in
+from qlora_dist.model.footprint import Shape, activation_bytes, base_bytes, lane_bytes, shape_in, trained_bytes
 from qlora_dist.runtime import log
 from qlora_dist.train.loss import CHUNK_VALUES
 from qlora_dist.train.memory import free_memory_bytes
@@ -86,12 +86,13 @@ def needed_bytes(model: ModelConfig, base: Base, lanes: Sequence[Recipe], recomp
 def standard_bytes(config: AdapterConfig, base: Base) -> int:
     """Returns what the standard workflow holds without recomputation: logits are whole there, in 12 bytes a value.
 
-    PEFT keeps a float32 copy of each adapted layer's input. Full fine-tuning holds 16 bytes a parameter, in float32.
+    PEFT keeps a float32 copy of each adapted layer's input. Full fine-tuning holds each parameter and its gradient in
+    float32, and its moments.
     """
     shape, train = shape_in(base.folder()) or _like_llama(base), config.train
     logits = 12 * train.micro_batch_tokens * shape.vocab
     if train.method is Method.full:
-        return 16 * base.num_parameters + activation_bytes(shape, 4, train, False) + logits
+        return trained_bytes(train) * base.num_parameters + activation_bytes(shape, 4, train, False) + logits
     inputs = shape.num_layers * sum(i for i, _ in shape.linears().values())
     return needed_bytes(config.model, base, [config], False) + logits + 4 * train.micro_batch_tokens * inputs
 

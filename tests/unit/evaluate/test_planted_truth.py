@@ -24,7 +24,7 @@ from qlora_dist.testing import save_tiny_model
 
 from .models import model_config, save_trained_lora
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROW_TOKENS = 128
 PLACES = ["Oru", "Bel", "Tam", "Kiv", "Sud", "Nar", "Pel", "Gol", "Wex", "Jit", "Hab", "Lom"]
 CITIES = ["Zan", "Mip", "Dro", "Fes", "Cuv", "Rit", "Yol", "Bex", "Qua", "Vim", "Sto", "Elk"]

@@ -8,7 +8,7 @@ from qlora_dist.config.stages import BaseConfig
 from qlora_dist.config.train import Checkpointing, LoraConfig, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.model.base import open_base, prepare_base
-from qlora_dist.model.footprint import LORA_BYTES, base_bytes, lane_bytes, shape_in, shape_of
+from qlora_dist.model.footprint import base_bytes, lane_bytes, shape_in, shape_of, trained_bytes
 from qlora_dist.testing import save_rows, save_tiny_model
 from qlora_dist.train.budget import plan_budget
 from qlora_dist.train.engine import Engine
@@ -34,7 +34,7 @@ def test_counts_what_is_kept(dtype, recompute, folder, tmp_path):
     engine = Engine.build(model, base, [lane], ReplicatedBase())
     shape = shape_of(model)
     assert shape == shape_in(folder)
-    factors = LORA_BYTES * sum(p.numel() for p in lane.parameters.values())
+    factors = trained_bytes(train) * sum(p.numel() for p in lane.parameters.values())
     predicted = lane_bytes(shape, model, lane.lora, train) - factors
     assert predicted == pytest.approx(kept_bytes(engine), rel=0.25 if recompute is Checkpointing.on else 0.1)
     linear = 8 * sum(i * o for i, o in shape.linears().values())

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_dist.config.model import Dtype, ModelConfig, Quantization, TinyConfig
 from qlora_dist.config.stages import AdapterConfig, BaseConfig
-from qlora_dist.config.train import LoraConfig, Method, Schedule, StrategyConfig, StrategyName, TrainConfig
+from qlora_dist.config.train import LoraConfig, Method, Optimizer, Schedule, StrategyConfig, StrategyName, TrainConfig
 from qlora_dist.errors import ConfigError
 from qlora_dist.model.base import prepare_base
 from qlora_dist.testing import save_rows, save_tiny_model
@@ -35,6 +35,7 @@ OTHER = {
         "weight_decay": 0.1,
         "adam_beta1": 0.8,
         "adam_beta2": 0.95,
+        "optimizer": Optimizer.adamw_8bit,
         "max_grad_norm": 0.5,
     },
     ModelConfig: {
@@ -93,6 +94,8 @@ def other(inputs):
         model = replace(made[ModelConfig], path=str(inputs["tokenizer"]) if path else "", tiny=made[TinyConfig])
         model.revision = own["revision"] if path else ""
         made[TrainConfig].micro_batch_tokens = 64
+        if strategy != "single":
+            made[TrainConfig].optimizer = Optimizer.adamw  # the others refuse another
         return AdapterConfig(
             model=model,
             lora=made[LoraConfig],

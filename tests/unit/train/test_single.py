@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from qlora_dist.config.model import Dtype, ModelConfig, Quantization
 from qlora_dist.config.stages import AdapterConfig, BaseConfig
-from qlora_dist.config.train import LoraConfig, Method, Schedule, TrainConfig
-from qlora_dist.errors import TrainError
+from qlora_dist.config.train import LoraConfig, Method, Optimizer, Schedule, StrategyConfig, StrategyName, TrainConfig
+from qlora_dist.errors import ConfigError, TrainError
 from qlora_dist.model.adapter import read_provenance
 from qlora_dist.model.base import load_model, open_base, prepare_base
 from qlora_dist.testing import save_rows, save_tiny_model
-from qlora_dist.train import train_adapter
+from qlora_dist.train import huggingface, train_adapter
 from qlora_dist.train.budget import plan_budget
 
 
@@ -133,6 +134,45 @@ def broken(inputs, tmp_path):
     (tmp_path / "base").mkdir()
     prepare_base(BaseConfig(model=ModelConfig(path=str(tmp_path / "model"))), {}, tmp_path / "base")
     return inputs | {"base": tmp_path / "base"}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A base of matrices that are large enough for 8 bits: bitsandbytes holds smaller ones' moments in 32."""
+    top = tmp_path_factory.mktemp("wide")
+    model = save_tiny_model(top / "model", hidden_size=64)
+    (top / "base").mkdir()
+    prepare_base(BaseConfig(model=ModelConfig(path=str(model))), {}, top / "base")
+    return {"base": top / "base", "tokenizer": model, "rows": save_rows(top / "rows", 24)}
+
+
+def test_moments_in_eight_bits_are_held_so_and_lead_the_same_way(wide, tmp_path, monkeypatch):
+    made = []
+    plain = huggingface.optimizer_and_schedule
+    monkeypatch.setattr(huggingface, "optimizer_and_schedule", lambda *args: made.append(plain(*args)) or made[-1])
+    losses = {}
+    for kind in (Optimizer.adamw, Optimizer.adamw_8bit):
+        told = config(method=Method.full, epochs=8, learning_rate=2e-3, optimizer=kind)
+        train(told, wide, tmp_path / kind.name)
+        losses[kind] = [line["loss"] for line in metrics(tmp_path / kind.name)]
+    states = [list(optimizer.state.values()) for optimizer, _ in made]
+    assert all(state["exp_avg"].dtype is torch.float32 for state in states[0])
+    assert {state["state1"].dtype for state in states[1] if state["state1"].numel() >= 4096} == {torch.uint8}
+    assert losses[Optimizer.adamw_8bit] == pytest.approx(losses[Optimizer.adamw], rel=0.02)
+    assert losses[Optimizer.adamw_8bit] != losses[Optimizer.adamw]
+    assert losses[Optimizer.adamw_8bit][-1] < 0.9 * losses[Optimizer.adamw_8bit][0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pages work on a GPU")
+def test_pages_without_a_gpu_are_refused_by_name(inputs, tmp_path):
+    with pytest.raises(ConfigError, match=r"train.optimizer=paged_adamw_8bit: expected adamw_8bit without a GPU"):
+        train(config(optimizer=Optimizer.paged_adamw_8bit), inputs, tmp_path / "out")
+
+
+def test_moments_of_adapters_in_the_loop_are_those_of_torch(inputs, tmp_path):
+    told = replace(config(optimizer=Optimizer.adamw_8bit), strategy=StrategyConfig(name=StrategyName.ddp))
+    with pytest.raises(ConfigError, match=r"Set train.optimizer=adamw, or strategy=single"):
+        train(told, inputs, tmp_path / "out")
 
 
 def test_rows_of_another_length_are_refused(inputs, tmp_path):
