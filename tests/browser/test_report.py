@@ -155,9 +155,21 @@ def test_link_to_a_folded_section_unfolds_it(browser: Any, report: Path) -> None
 def test_paper_has_the_folded_parts_too(browser: Any, report: Path) -> None:
     seen = Seen(browser, report)
     assert not seen.evaluate("document.querySelector('details').open")
+    seen.page.emulate_media(color_scheme="dark")
     seen.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    assert seen.evaluate("[...document.querySelectorAll('details')].every(d => d.open)")
+    assert seen.evaluate("[...document.querySelectorAll('details.section')].every(d => d.open)")
+    shown = "[...document.querySelectorAll('.main-svg')].filter(s => s.checkVisibility())"
+    assert seen.evaluate(f"{shown}.length") > 0
+    assert seen.evaluate(f"{shown}.every(s => s.getBoundingClientRect().width === 680)"), "no wider than the page"
+    inks = "[...document.querySelectorAll('.xtick text')].map(t => getComputedStyle(t).fill)"
+    assert set(seen.evaluate(inks)) == {"rgb(0, 0, 0)"}, "dark on white, whatever the screen's scheme"
+    seen.page.emulate_media(media="print")
+    assert not seen.evaluate("[...document.querySelectorAll('details.numbers')].some(d => d.checkVisibility())")
     assert len(seen.page.pdf()) > 20_000
+    seen.page.emulate_media(media="screen")
+    seen.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert not seen.evaluate("document.querySelector('details').open")
+    assert seen.evaluate(f"{shown}.every(s => s.getBoundingClientRect().width !== 680)"), "as wide as the screen wants"
 
 
 def test_markup_in_a_run_is_shown_as_text(browser: Any, tmp_path: Path) -> None:
