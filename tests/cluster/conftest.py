@@ -21,7 +21,7 @@ from tests.cluster.plans import (
     wait_for,
     watching,
 )
-from tests.cluster.ray_cluster import RayCluster
+from tests.cluster.ray_cluster import RAY, RayCluster
 from tests.cluster.slurm_cluster import SlurmCluster, queue, running, said
 from tests.pipeline.conftest import Workplace, make_workplace
 
@@ -122,7 +122,7 @@ def on_ray(ray: RayCluster, here, tmp_path_factory) -> ClusterRun:
     run = ClusterRun(make_workplace(tmp_path_factory.mktemp("on_ray")))
     folder = run.workplace.folder
     command = run.workplace.command(*PLAN, f"root={folder / 'runs'}", *ON_RAY, "launcher.ray.address=auto")
-    process = ray.start(["ray", "job", "submit", f"--address={ray.dashboard}", "--", *command], cwd=folder)
+    process = ray.start([RAY, "job", "submit", f"--address={ray.dashboard}", "--", *command], cwd=folder)
     wait_for(lambda: checkpoints(run.workplace) or process.poll() is not None)
     assert process.poll() is None, process.communicate()[0][-3000:]
     watch = watching(run.workplace)

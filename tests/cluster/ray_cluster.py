@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+RAY = str(Path(sys.executable).with_name("ray"))
+"""The command of this environment, which needn't be on PATH."""
 PORT = 6379
 DASHBOARD_PORT = 8265
 LIGHT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0", "RAY_AUTH_MODE": "disabled"}
@@ -141,7 +144,7 @@ class RayCluster:
 
     def _launch(self, name: str, options: Sequence[str]) -> None:
         log = self.folder / f"{name}.log"
-        argv = ["ray", "start", "--block", "--disable-usage-stats", f"--object-store-memory={STORE_BYTES}", *options]
+        argv = [RAY, "start", "--block", "--disable-usage-stats", f"--object-store-memory={STORE_BYTES}", *options]
         if self._private and name != "head":
             mount = f"mount -t tmpfs tmpfs {shlex.quote(str(self._private))} && exec {shlex.join(argv)}"
             argv = ["unshare", "--mount", "sh", "-c", mount]
