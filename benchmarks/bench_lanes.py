@@ -130,6 +130,30 @@ def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) 
     return Found(size / cpu_s, size / wall_s, [own.loss[-1] for own in times.values()], adapters)
 
 
+def products_alone(folder: Path, num_lanes: int, tokens: int, repeats: int) -> float:
+    """Returns tokens a CPU second if a step were its products with the frozen layers alone: x Wᵀ, and dy W back.
+
+    No way to train takes fewer of them, so this is the limit of each side, as fast as this machine multiplies.
+    """
+    import torch
+
+    from qlora_dist.model.footprint import shape_in
+
+    shape = shape_in(folder / "model")
+    assert shape is not None
+    rows, spent = num_lanes * tokens, 0.0
+    for wide_in, wide_out in shape.linears().values():
+        weight_OI = torch.randn(wide_out, wide_in)
+        x_TI, dy_TO = torch.randn(rows, wide_in), torch.randn(rows, wide_out)
+        for repeat in range(repeats + 1):
+            started = time.process_time()
+            for _ in range(shape.num_layers):
+                x_TI @ weight_OI.T
+                dy_TO @ weight_OI
+            spent += (time.process_time() - started) if repeat else 0.0
+    return rows * repeats / spent
+
+
 def gaps(mine: Found, theirs: Found) -> str:
     """Returns the largest difference of last losses, and the largest relative distance of two adapters."""
     loss = max(abs(a - b) for a, b in zip(mine.losses, theirs.losses, strict=True))
@@ -145,9 +169,11 @@ def gaps(mine: Found, theirs: Found) -> str:
 def compare(folder: Path, num_lanes: int, tokens: int, pairs: int, steps: int) -> str:
     """Returns one line of the table: the three sides in turn, `pairs` times."""
     found: dict[str, list[Found]] = {side: [] for side in SIDES}
+    limits = []
     for _ in range(pairs):
         for side in SIDES:
             found[side].append(train_all(folder, side, num_lanes, tokens, steps))
+        limits.append(products_alone(folder, num_lanes, tokens, steps))
 
     def ratio(side: str, what: str) -> str:
         both = zip(found["fused"], found[side], strict=True)
@@ -155,7 +181,8 @@ def compare(folder: Path, num_lanes: int, tokens: int, pairs: int, steps: int) -
 
     cells = [spread([run.tokens_per_cpu_s for run in runs]) for runs in found.values()]
     cells += [ratio(*of) for of in (("stock", "tokens_per_cpu_s"), ("stock", "tokens_per_s"))]
-    cells += [ratio("solo", "tokens_per_cpu_s")]
+    cells += [ratio("solo", "tokens_per_cpu_s"), spread(limits)]
+    cells += [spread([100 * a.tokens_per_cpu_s / b for a, b in zip(found["fused"], limits, strict=True)])]
     cells += [gaps(found["fused"][0], found[side][0]) for side in ("stock", "solo")]
     return f"| {num_lanes} | {tokens} | " + " | ".join(cells) + " |"
 
@@ -197,8 +224,20 @@ def results(kept: dict[str, list[str]], cells: list[str], shape: str, pairs: int
     text += ["Ranks 8, 16, 32; one row a lane and step. Tokens a CPU second on one thread of the steps after the"]
     text += [f"second: median (least – greatest) of {pairs} rounds, sides in turn; K runs by their first two."]
     text += ["Gaps, of the same two adapters: the largest difference of last losses, and the largest relative"]
-    text += ["distance of two adapters (Frobenius norm over all layers).", ""]
-    head = ["K", "tokens a lane", *SIDES.values(), "fused / stock", "the same by the clock", "fused / solo"]
+    text += [
+        "distance of two adapters (Frobenius norm over all layers). *Products alone*: the same K x tokens rows through"
+    ]
+    text += ["the frozen layers and back, and nothing else: what no way to train can beat here.", ""]
+    head = [
+        "K",
+        "tokens a lane",
+        *SIDES.values(),
+        "fused / stock",
+        "the same by the clock",
+        "fused / solo",
+        "products alone",
+    ]
+    head += ["fused, % of them"]
     head += ["gaps to stock", "gaps to solo"]
     text += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(line for cell in cells for line in kept[cell])]
     return "\n".join([*text, "", "## Memory", "", *kept["memory"], ""])

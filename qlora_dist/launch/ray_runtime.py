@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,13 @@ from qlora_dist.errors import LaunchError
 from qlora_dist.launch.base import Machine
 from qlora_dist.launch.ray import Command, LostError, UnreachableError
 from qlora_dist.launch.sizing import Resources
+from qlora_dist.runtime import log
 
 PROBE_S = 3.0
 ANSWER_S = 30.0
+CLIENT_ATTEMPTS, CLIENT_WAIT_S = 4, 2.0
+NO_SERVER = ("Starting Ray client server failed", "Proxy failed to Connect to backend")
+"""What Ray says when the server that it forks for each client dies at its start, or isn't up within 30 s."""
 LOCAL_STORE_BYTES = 128 << 20
 """The object store of a cluster that is started here: jobs speak through artifacts, so it holds next to nothing."""
 
@@ -45,16 +49,38 @@ def connected(config: RayConfig) -> Iterator[RayRuntime]:
     else:
         settings |= {"include_dashboard": False, "object_store_memory": LOCAL_STORE_BYTES}
     try:
-        ray.init(address=address or "local", **settings)
+        connect(address, settings)
     except ray.exceptions.AuthenticationError as error:
         repair = "Give this machine the cluster's token (RAY_AUTH_TOKEN_PATH), or its mode (RAY_AUTH_MODE)."
         raise LaunchError(f"launcher.ray.address={config.address}: the cluster refuses the token. {repair}") from error
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise no_ray(config.address, str(error).splitlines()[0]) from error
+        raise no_ray(config.address, shortened(str(error))) from error
     try:
         yield RayRuntime()
     finally:
         ray.shutdown()
+
+
+def connect(address: str, settings: Mapping[str, Any]) -> None:
+    """Connects this process; a client whose server at the other end didn't come up asks again."""
+    import ray
+
+    for attempt in range(1, CLIENT_ATTEMPTS + 1):
+        try:
+            ray.init(address=address or "local", **settings)
+            return
+        except ConnectionAbortedError as error:
+            if attempt == CLIENT_ATTEMPTS or not any(words in str(error) for words in NO_SERVER):
+                raise
+            log.info("%s: %s Asked again.", address, shortened(str(error)))
+            ray.shutdown()
+            time.sleep(CLIENT_WAIT_S)
+
+
+def shortened(message: str) -> str:
+    """Returns what a message of Ray says, and for a traceback of another process what it ends in."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason given"]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 
 
 def resolve(address: str) -> str:
