@@ -8,6 +8,7 @@ import pytest
 
 from qlora_dist.config.launch import LauncherConfig, RayConfig
 from qlora_dist.errors import ConfigError, LaunchError
+from qlora_dist.launch import ray_runtime
 from qlora_dist.launch.base import Job, State
 from qlora_dist.launch.compose import compose_run
 from qlora_dist.launch.ray import Command, LostError, RayLauncher, UnreachableError, argv_of
@@ -233,3 +234,33 @@ def test_a_worker_runs_a_command_and_hands_back_its_word(tmp_path: Path):
     answer = Worker().run(Command(argv=["python", "-c", code], environment={"A": "heard"}, job=job))
     assert answer == (3, {str(word): b"said"})
     assert job.log.read_text() == "heard\n"
+
+
+def test_a_client_whose_server_did_not_come_up_asks_again(monkeypatch):
+    ray = pytest.importorskip("ray", reason="pip install 'qlora_dist[ray]'")
+    monkeypatch.setattr(ray_runtime, "CLIENT_WAIT_S", 0.0)
+    asked = []
+
+    def init(address: str, **settings: object):
+        asked.append((address, settings))
+        if len(asked) < 3:
+            raise ConnectionAbortedError(
+                "Initialization failure from server:\nTraceback\nRuntimeError: Starting Ray client server failed."
+            )
+
+    monkeypatch.setattr(ray, "init", init)
+    ray_runtime.connect("ray://head:10001", {"log_to_driver": False})
+    assert asked == [("ray://head:10001", {"log_to_driver": False})] * 3
+
+
+def test_a_client_that_is_refused_for_another_reason_is_told_so_at_once(monkeypatch):
+    ray = pytest.importorskip("ray", reason="pip install 'qlora_dist[ray]'")
+
+    def init(address: str, **settings: object):
+        raise ConnectionAbortedError("Initialization failure from server:\nTraceback\nRuntimeError: version mismatch")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConnectionAbortedError):
+        ray_runtime.connect("ray://head:10001", {})
+    assert ray_runtime.shortened("a:\nTraceback\n\nb: c\n") == "a: b: c"
+    assert ray_runtime.shortened("") == "no reason given"
