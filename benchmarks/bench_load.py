@@ -8,10 +8,22 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from bench_train import SHAPES, circumstances, compare_loading, prepare
+from bench_train import SHAPES, circumstances, in_turn, prepare, ratios, spread
 
 RESULTS = Path(__file__).parent / "results" / "load.md"
+
+
+def compare_loading(folder: Path, options: dict[str, Any], pairs: int) -> list[str]:
+    """Compares reading the pre-quantized base with transformers' quantization on the fly."""
+    found = in_turn(folder, "load", ("quantize", "stored"), options, pairs)
+    lines = ["| | seconds | CPU seconds |", "|---|---|---|"]
+    for side, name in (("quantize", "transformers, quantized on the fly"), ("stored", "the pre-quantized base")):
+        cells = [spread([r[key] for r in found[side]], "{:.3f}") for key in ("seconds", "cpu_s")]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    lines += ["", f"Ratio of pairs: {ratios(found, 'quantize', 'stored', 'seconds')}."]
+    return lines
 
 
 def main() -> None:

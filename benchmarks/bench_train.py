@@ -1,8 +1,8 @@
-"""Training: this project's loop against stock transformers.Trainer + peft + bitsandbytes; loading; strategies.
+"""Training: this project's loop against stock transformers.Trainer + peft + bitsandbytes.
 
 `python benchmarks/bench_train.py` writes benchmarks/results/train.md; `--small` runs in a minute and writes nothing.
 Each measurement runs in a process of its own, the two sides in turn; on a GPU where there is one.
-`--parts training,loading --keep FILE` measures some parts alone and writes the results once FILE holds all of them.
+`--parts training --keep FILE` measures some parts alone and writes the results once FILE holds all of them.
 """
 
 from __future__ import annotations
@@ -195,30 +195,6 @@ def compare_bfloat16(folder: Path, options: dict[str, Any], pairs: int) -> list[
     return [*lines, "", f"{told}; the losses of 3 steps differ by at most {gap:.4f}."]
 
 
-def compare_loading(folder: Path, options: dict[str, Any], pairs: int) -> list[str]:
-    """Compares reading the pre-quantized base with transformers' quantization on the fly."""
-    found = in_turn(folder, "load", ("quantize", "stored"), options, pairs)
-    lines = ["| | seconds | CPU seconds |", "|---|---|---|"]
-    for side, name in (("quantize", "transformers, quantized on the fly"), ("stored", "the pre-quantized base")):
-        cells = [spread([r[key] for r in found[side]], "{:.3f}") for key in ("seconds", "cpu_s")]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
-    lines += ["", f"Ratio of pairs: {ratios(found, 'quantize', 'stored', 'seconds')}."]
-    return lines
-
-
-def compare_strategies(folder: Path, options: dict[str, Any], sizes: Sequence[int], pairs: int) -> list[str]:
-    """Measures each strategy at several numbers of processes (on CPUs: tokens a CPU second of all of them)."""
-    lines = ["| strategy | processes | tokens a CPU second of a process | base on each, MB |", "|---|---|---|---|"]
-    for strategy in ("ddp", "fsdp"):
-        for ranks in sizes:
-            if strategy == "fsdp" and ranks == 1:
-                continue
-            runs = [measure(folder, "train", strategy, options, ranks) for _ in range(pairs)]
-            speed = spread([r["tokens_per_cpu_s"] / ranks for r in runs])
-            lines.append(f"| {strategy} | {ranks} | {speed} | {runs[0]['base_bytes'] / 1e6:.1f} |")
-    return lines
-
-
 def fastest_dtype() -> str:
     """Returns the compute dtype in which this machine multiplies fastest: on old CPUs that isn't a 16-bit one."""
     import torch
@@ -246,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--parts", default="", help="as training,loading: what is measured now; by default all")
+    parser.add_argument("--parts", default="", help="training or bfloat16: what is measured now; by default all")
     parser.add_argument("--keep", type=Path, help="a file that keeps what was measured between calls")
     parser.add_argument("--dtype", default="", help="of products; by default the one that this machine is fastest in")
     parser.add_argument("--one", nargs=4, metavar=("WHAT", "HOW", "FOLDER", "OPTIONS"))
@@ -263,7 +239,7 @@ def main() -> None:
     options: dict[str, Any] = {"row_tokens": 128, "tokens_per_step": 512, "micro_batch_tokens": 128, "steps": 6}
     options["dtype"] = args.dtype or fastest_dtype()
     shape, pairs = ("tiny", 1) if args.small else ("small", args.pairs)
-    sizes, few = ((1, 2), 1) if args.small else ((1, 2, 4), 2)
+    few = 1 if args.small else 2
     kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -271,8 +247,6 @@ def main() -> None:
         measures = {
             "training": lambda: compare_training(folder, options, pairs),
             "bfloat16": lambda: compare_bfloat16(folder, options, few),
-            "loading": lambda: compare_loading(folder, options, pairs),
-            "strategies": lambda: compare_strategies(folder, options, sizes, few),
         }
         for part in args.parts.split(",") if args.parts else measures:
             kept[part] = measures[part]()
@@ -288,12 +262,10 @@ def results(kept: dict[str, list[str]], options: dict[str, Any], shape: str, pai
     """Returns the whole text."""
     base = f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, {options['dtype']}."
     recipe = f"Recipe: LoRA rank 16, {json.dumps(options)}. Median (least – greatest) of {pairs} runs in turn"
-    text = ["# Training", "", circumstances(), base, f"{recipe} ({few} under bfloat16 and strategies).", ""]
+    text = ["# Training", "", circumstances(), base, f"{recipe} ({few} under bfloat16).", ""]
     titles = {
         "training": "Against the stock workflow",
         "bfloat16": "In bfloat16, as stock recipes have it",
-        "loading": "Loading",
-        "strategies": "Strategies",
     }
     for part, title in titles.items():
         text += [f"## {title}", "", *kept[part], ""]
