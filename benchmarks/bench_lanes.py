@@ -184,7 +184,7 @@ def compare(folder: Path, num_lanes: int, tokens: int, pairs: int, steps: int) -
     cells += [ratio("solo", "tokens_per_cpu_s"), spread(limits)]
     cells += [spread([100 * a.tokens_per_cpu_s / b for a, b in zip(found["fused"], limits, strict=True)])]
     cells += [gaps(found["fused"][0], found[side][0]) for side in ("stock", "solo")]
-    return f"| {num_lanes} | {tokens} | " + " | ".join(cells) + " |"
+    return f"| {num_lanes} | {tokens} | {pairs} | " + " | ".join(cells) + " |"
 
 
 def peak_bytes(folder: Path, side: str, num_lanes: int, tokens: int) -> int:
@@ -218,11 +218,11 @@ def measure_part(part: str, folder: Path, pairs: int, steps: int, largest: tuple
     return [compare(folder, lanes, tokens, pairs, steps)]
 
 
-def results(kept: dict[str, list[str]], cells: list[str], shape: str, pairs: int) -> str:
+def results(kept: dict[str, list[str]], cells: list[str], shape: str) -> str:
     """Returns the whole text."""
     text = ["# Lanes", "", circumstances(), f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, float32."]
     text += ["Ranks 8, 16, 32; one row a lane and step. Tokens a CPU second on one thread of the steps after the"]
-    text += [f"second: median (least – greatest) of {pairs} rounds, sides in turn; K runs by their first two."]
+    text += ["second: median (least – greatest) of the rounds, sides in turn; K runs by their first two."]
     text += ["Gaps, of the same two adapters: the largest difference of last losses, and the largest relative"]
     text += [
         "distance of two adapters (Frobenius norm over all layers). *Products alone*: the same K x tokens rows through"
@@ -231,6 +231,7 @@ def results(kept: dict[str, list[str]], cells: list[str], shape: str, pairs: int
     head = [
         "K",
         "tokens a lane",
+        "rounds",
         *SIDES.values(),
         "fused / stock",
         "the same by the clock",
@@ -274,7 +275,7 @@ def main() -> None:
             if args.keep:
                 args.keep.write_text(json.dumps(kept))
     if kept.keys() >= {*cells, "memory"}:
-        text = results(kept, cells, shape, pairs)
+        text = results(kept, cells, shape)
         print(text)
         if not args.small:
             RESULTS.write_text(text, encoding="utf-8")
