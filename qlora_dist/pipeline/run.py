@@ -82,6 +82,7 @@ def begin(plan: Plan, node: Node) -> Path:
     out, progress = plan.store.partial(node.id), plan.progress_path(node)
     out.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
+        progress.parent.mkdir(parents=True, exist_ok=True)  # a node that is run by hand has no launcher before it
         progress.unlink(missing_ok=True)
         if not STAGES[node.stage].resumes:
             clear(out)

@@ -45,7 +45,8 @@ def is_what_a_grid_of_its_points_trains(workplace):
         shutil.rmtree(path.parent)
     names = [f"adapter/{label}" for label in files]
     command = [sys.executable, "-m", "qlora_dist.pipeline", str(plan.write()), *names]
-    subprocess.run(command, check=True, cwd=workplace.folder, capture_output=True)
+    done = subprocess.run(command, check=False, cwd=workplace.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     for label, path in files.items():
         together = load_file(path)
         assert together.keys() == alone[label].keys()
