@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "Python 3.11, 3.12 or 3.13 is needed; $$($(PYTHON) --version) found. Run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: setup  ## fine-tune, merge and score on the legal texts of this machine (about 6 minutes on 2 cores)
