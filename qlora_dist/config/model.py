@@ -40,7 +40,7 @@ class TinyConfig:
     num_heads: int = setting(4, at_least=1)
     num_key_value_heads: int = setting(2, at_least=1)
     context_tokens: int = setting(256, at_least=32)
-    pretrain_tokens: int = setting(240_000, at_least=0)
+    pretrain_tokens: int = setting(360_000, at_least=0)
     tokens_per_step: int = setting(512, at_least=32)
     learning_rate: float = setting(2e-3, above=0)
     domain_sample_bytes: int = setting(200_000, at_least=0)
