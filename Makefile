@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' $(VENV)/lib || true  # on all cores, which pip doesn't
 	@touch $@
 
-demo: setup  ## fine-tune, merge and score on the legal texts of this machine (about 6 minutes on 2 cores)
+demo: setup  ## fine-tune, merge and score on the legal texts of this machine (5 to 7 minutes on 2 cores)
 	$(BIN)/python -m qlora_dist.launch +experiment=legal
 
 test: setup  ## run the tests (under 10 minutes on 2 cores)
