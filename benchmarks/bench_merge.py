@@ -45,12 +45,11 @@ def reset_peak() -> int:
 
 
 def against_peft(width: int, rank: int, num_adapters: int, repeats: int, who: str) -> dict[str, Any]:
-    """Measures one of the two on the same random adapters; returns times, peak and the update's file."""
+    """Measures one of the two on the same random adapters; returns times, peak and the error of the update."""
     import peft
     import torch
 
-    from qlora_dist.adapters.algebra import Core
-    from qlora_dist.adapters.methods import weighted_sum
+    from qlora_dist.adapters.algebra import Stack
     from qlora_dist.model.peft_folder import Factors
 
     torch.manual_seed(0)
@@ -76,16 +75,18 @@ def against_peft(width: int, rank: int, num_adapters: int, repeats: int, who: st
             names = [str(i) for i in range(num_adapters)]
             model.add_weighted_adapter(names, weights, "merged", combination_type="svd", svd_rank=rank)
         else:
-            core = Core(parts)
-            merged, _ = core.lift(weighted_sum(core.blocks_PKL, weights), rank)
+            merged, _ = Stack(parts).best(weights, rank)
         seconds.append(time.perf_counter() - began)
         if who == "peft" and len(seconds) < repeats:
             model.delete_adapter("merged")
     peak = peak_over(start)
     update = layer.get_delta_weight("merged").detach() if who == "peft" else merged.B_OR @ merged.A_RI
-    file = Path(tempfile.gettempdir()) / f"bench_merge_{who}_{os.getpid()}.pt"
-    torch.save(update, file)
-    return {"seconds": seconds, "peak": peak, "file": str(file)}
+    Q_B, R_B = torch.linalg.qr(torch.cat([p.B_OR for p in parts], 1).double())
+    Q_A, R_A = torch.linalg.qr(torch.cat([p.A_RI for p in parts]).T.double())
+    U, sigma, V = torch.linalg.svd(R_B @ R_A.T / num_adapters)
+    exact = (Q_B @ (U[:, :rank] * sigma[:rank])) @ (V[:rank] @ Q_A.T)
+    error = float((update - exact).norm() / exact.norm())
+    return {"seconds": seconds, "peak": peak, "error": error}
 
 
 def write_adapters(folder: Path, num_adapters: int, num_layers: int, rank: int) -> list[Path]:
@@ -140,23 +141,28 @@ def apart(function: str, *arguments: Any) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(width: int, rank: int, num_adapters: int, repeats: int) -> str:
-    """Returns one line of the table against PEFT."""
-    import torch
-
-    theirs = apart("against_peft", width, rank, num_adapters, repeats, "peft")
-    ours = apart("against_peft", width, rank, num_adapters, 5 * repeats, "here")
-    a, b = (torch.load(x["file"]) for x in (theirs, ours))
-    for x in (theirs, ours):
-        Path(x["file"]).unlink()
-    t, o = (statistics.median(x["seconds"]) for x in (theirs, ours))
-    error = float((a - b).norm() / a.norm())
-    spread = f"{1e3 * min(ours['seconds']):.1f}-{1e3 * max(ours['seconds']):.1f}"
-    memory = (
-        f"{theirs['peak'] / 2**20:.0f} | {ours['peak'] / 2**20:.1f} | 1/{theirs['peak'] / max(ours['peak'], 1):.0f}"
+def compare(width: int, rank: int, num_adapters: int, rounds: int) -> str:
+    """Returns one line of the table against PEFT: rounds of both in turn, each in a process of its own."""
+    found = []
+    for _ in range(rounds):
+        theirs = apart("against_peft", width, rank, num_adapters, 2, "peft")
+        found.append((theirs, apart("against_peft", width, rank, num_adapters, 15, "here")))
+    peft, here = ([statistics.median(one["seconds"]) for one in side] for side in zip(*found, strict=True))
+    ratios = [p / h for p, h in zip(peft, here, strict=True)]
+    peaks = [statistics.median(one["peak"] for one in side) for side in zip(*found, strict=True)]
+    return (
+        f"| {width}² | {num_adapters} × {rank} | {rounds} | {spread(peft, '.2f')} s"
+        f" | {spread([1e3 * x for x in here], '.1f')} ms | {spread(ratios, '.0f')}"
+        f" | {found[0][0]['error']:.1e} | {found[0][1]['error']:.1e}"
+        f" | {peaks[0] / 2**20:.0f} | {peaks[1] / 2**20:.1f} | 1/{peaks[0] / max(peaks[1], 1):.0f} |"
     )
-    shape = f"{width}² | {num_adapters} × {rank}"
-    return f"| {shape} | {t:.2f} s | {1e3 * o:.1f} ms ({spread}) | {t / o:.0f} | {error:.1e} | {memory} |"
+
+
+def spread(values: list[float], form: str) -> str:
+    """Returns the median, and the least and the greatest in brackets."""
+    low, high = format(min(values), form), format(max(values), form)
+    middle = format(statistics.median(values), form)
+    return f"{middle} ({low} – {high})" if len(values) > 1 else middle
 
 
 def whole_set(folder: Path, num_adapters: int, num_layers: int, rank: int) -> list[str]:
@@ -198,7 +204,7 @@ def main() -> None:
         print(json.dumps(globals()[arguments.run[0]](*json.loads(arguments.run[1]))))
         return
     machine = hardware()
-    shapes = [(256, 4, 4, 1)] if arguments.small else [(2048, 16, 4, 3), (2048, 16, 8, 1), (4096, 16, 4, 1)]
+    shapes = [(256, 4, 4, 1)] if arguments.small else [(2048, 16, 4, 7), (2048, 16, 8, 3), (4096, 16, 4, 3)]
     lines = []
     for shape in shapes if not arguments.sets else []:
         lines.append(compare(*shape))
@@ -211,10 +217,12 @@ def main() -> None:
         "# Merging\n",
         machine + "\n",
         "Against `add_weighted_adapter(combination_type='svd')` of PEFT on the same random adapters of one linear",
-        "layer, cut to one adapter's rank; medians (smallest-largest); peak is what the process's resident memory grew",
-        "by. PEFT has all cores, ours one, as in a merge of many modules.\n",
-        "| layer | adapters | PEFT | here | times faster | error of ΔW | peak, PEFT (MiB) | peak, here | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "layer, cut to one adapter's rank, both in turn in processes of their own: median (least – greatest) of the",
+        "rounds. Errors of ΔW are against the best of that rank, by QR and SVD in float64; peak is what the process's",
+        "resident memory grew by. PEFT has all cores, ours one, as in a merge of many modules.\n",
+        "| layer | adapters | rounds | PEFT | here | times faster | error, PEFT | error, here"
+        " | peak, PEFT (MiB) | peak, here | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *lines,
     ]
     if arguments.sets:

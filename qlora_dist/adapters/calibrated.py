@@ -17,7 +17,7 @@ from threading import Lock
 import numpy as np
 import torch
 
-from qlora_dist.adapters.algebra import Core, compress
+from qlora_dist.adapters.algebra import Stack, compress
 from qlora_dist.adapters.merge import BASE, ROWS
 from qlora_dist.adapters.methods import greedy_soup, learned, regmean
 from qlora_dist.adapters.mixture import collect_grams, mixture, read_parts
@@ -165,7 +165,7 @@ def _regmean_rule(
         whole = Factors(whole.A_RI, whole.B_OR * merge.scale)
         cut, sigma_S = compress(whole, merge.rank, merge.energy)
         written = cut if merge.rank or merge.energy else whole
-        products_PP = Core(factors).inner_products()
+        products_PP = Stack(factors).inner_products()
         return written, ModuleFacts(written.rank, list(weights), [f.rank for f in factors], products_PP, sigma_S)
 
     return rule

@@ -79,14 +79,14 @@ def knots_ties(core: Core, weights: Weights, density: float) -> Factors:
     root_SK, inverse_KS = halve(flat_KX @ flat_KX.T)  # ΣUᵀ and UΣ⁻¹
     if not len(root_SK):
         return core.lift(core.blocks_PKL[0])[0]
-    A_PRI = [part.A_RI for part in core.parts]
+    A_PRI = [part.A_RI for part in core.stack.parts]
     maps_PSR = [(inverse_KS.T @ own_KR).float() for own_KR in core.own_KR]
     least_P = [_threshold(map_SR @ A_RI, density) for map_SR, A_RI in zip(maps_PSR, A_PRI, strict=True)]
     V_SI = torch.empty(len(root_SK), A_PRI[0].shape[1])
     for some_SX, *A_PRX in zip(*(x.split(_COLUMNS, dim=1) for x in (V_SI, *A_PRI)), strict=True):
         blocks = (_at_least(m @ A, least) for m, A, least in zip(maps_PSR, A_PRX, least_P, strict=True))
         some_SX.copy_(elect_and_mean(torch.stack(list(blocks)), weights))
-    return Factors(V_SI, core.lift_left(core.left_NK @ root_SK.T))
+    return Factors(V_SI, core.stack.lift_left(core.left_NK @ root_SK.T))
 
 
 def regmean(parts: Sequence[Factors], weights: Weights, grams_PII: Sequence[torch.Tensor], keep: float) -> Factors:

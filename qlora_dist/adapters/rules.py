@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_dist.adapters import methods
-from qlora_dist.adapters.algebra import Core, compress, concat
+from qlora_dist.adapters.algebra import Core, Stack, compress, concat
 from qlora_dist.config.merge import MergeConfig, MergeMethod
 from qlora_dist.model.peft_folder import Factors
 
@@ -41,7 +41,7 @@ class ModuleFacts:
 
 Rule = Callable[[str, Sequence[Factors]], tuple[Factors, ModuleFacts]]
 _CORE_METHODS = frozenset(
-    {MergeMethod.svd, MergeMethod.ties, MergeMethod.dare, MergeMethod.tsv, MergeMethod.iso},
+    {MergeMethod.ties, MergeMethod.dare, MergeMethod.tsv, MergeMethod.iso},
 )
 
 
@@ -57,13 +57,14 @@ def merge_rule(
     """
 
     def rule(module: str, parts: Sequence[Factors]) -> tuple[Factors, ModuleFacts]:
-        core, counts = Core(parts), list((by_module or {}).get(module, weights))
+        stack, counts = Stack(parts), list((by_module or {}).get(module, weights))
         if config.method in _CORE_METHODS:
+            core = Core(stack)
             merged_KL = config.scale * merge_core(config, core.blocks_PKL, counts, module)
             factors, sigma_S = core.lift(merged_KL, config.rank, config.energy)
         else:
-            factors, sigma_S = _merge_factors(config, core, counts)
-        return factors, ModuleFacts(factors.rank, counts, [p.rank for p in parts], core.inner_products(), sigma_S)
+            factors, sigma_S = _merge_factors(config, stack, counts)
+        return factors, ModuleFacts(factors.rank, counts, [p.rank for p in parts], stack.inner_products(), sigma_S)
 
     return rule
 
@@ -78,22 +79,22 @@ def merge_core(config: MergeConfig, blocks_PKL: torch.Tensor, weights: Sequence[
             return methods.dare(blocks_PKL, weights, config.drop, draw)
         case MergeMethod.tsv:
             return methods.tsv(blocks_PKL, weights)
-        case MergeMethod.iso:
-            return methods.iso(blocks_PKL, weights)
         case _:
-            return methods.weighted_sum(blocks_PKL, weights)
+            assert config.method is MergeMethod.iso, config.method
+            return methods.iso(blocks_PKL, weights)
 
 
-def _merge_factors(config: MergeConfig, core: Core, weights: Sequence[float]) -> tuple[Factors, torch.Tensor]:
+def _merge_factors(config: MergeConfig, stack: Stack, weights: Sequence[float]) -> tuple[Factors, torch.Tensor]:
     coefficients = [config.scale * w for w in weights]
+    if config.method is MergeMethod.svd:
+        return stack.best(coefficients, config.rank, config.energy)
     if config.method is MergeMethod.concat:
-        sigma_S = torch.linalg.svdvals(methods.weighted_sum(core.blocks_PKL, coefficients))
-        return concat(core.parts, coefficients), sigma_S
+        return concat(stack.parts, coefficients), stack.singular_values(coefficients)
     if config.method is MergeMethod.linear_ab:
-        whole = methods.linear_ab(core.parts, weights)
+        whole = methods.linear_ab(stack.parts, weights)
     else:
         assert config.method is MergeMethod.knots_ties, config.method
-        whole = methods.knots_ties(core, weights, config.density)
+        whole = methods.knots_ties(Core(stack), weights, config.density)
     whole = Factors(whole.A_RI, whole.B_OR * config.scale)
     cut, sigma_S = compress(whole, config.rank, config.energy)
     return (cut if config.rank or config.energy else whole), sigma_S

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_dist.adapters.algebra import Core, compress, concat, halve
+from qlora_dist.adapters.algebra import Core, Stack, compress, concat, halve
 from qlora_dist.adapters.methods import weighted_sum
 from qlora_dist.model.peft_folder import Factors
 
@@ -62,7 +62,7 @@ def test_concat_is_the_sum_for_any_ranks_and_negative_weights(parts, weights):
 @given(some_parts(), some_weights)
 def test_the_core_is_lossless(parts, weights):
     weights = weights[: len(parts)]
-    core = Core(parts)
+    core = Core(Stack(parts))
     for part, block_KL in zip(parts, core.blocks_PKL, strict=True):
         lifted, _ = core.lift(block_KL)
         assert (lifted.dense() - part.dense()).norm() <= 2e-6 * part.dense().norm() + 1e-30
@@ -74,9 +74,23 @@ def test_the_core_is_lossless(parts, weights):
 
 
 @FEW
+@given(some_parts(), some_weights, st.integers(-8, 8))
+def test_a_sum_does_not_depend_on_how_parts_are_shared_between_their_factors(parts, weights, exponent):
+    weights = weights[: len(parts)]
+    found, sigma = Stack(parts).best(weights)
+    wanted = dense_sum(parts, weights)
+    assert (found.dense() - wanted).norm() <= 2e-6 * size(parts, weights)
+    dense_sigma = torch.linalg.svdvals(wanted)[: len(sigma)]
+    assert (sigma[: len(dense_sigma)] - dense_sigma).norm() <= 1e-6 * size(parts, weights)
+    shift = [2.0 ** (exponent if i % 2 else -exponent) for i in range(len(parts))]
+    other, _ = Stack([Factors(p.A_RI * x, p.B_OR / x) for p, x in zip(parts, shift, strict=True)]).best(weights)
+    assert (other.dense() - wanted).norm() <= 2e-6 * size(parts, weights)
+
+
+@FEW
 @given(some_parts())
 def test_inner_products_are_those_of_the_dense_updates(parts):
-    found = Core(parts).inner_products()
+    found = Stack(parts).inner_products()
     flat = torch.stack([part.dense().flatten() for part in parts])
     scale = flat.norm(dim=1).outer(flat.norm(dim=1))
     assert ((found - flat @ flat.T).abs() <= 2e-6 * scale + 1e-30).all()
@@ -86,7 +100,7 @@ def test_inner_products_are_those_of_the_dense_updates(parts):
 @given(some_parts(), some_weights, st.integers(1, 6))
 def test_a_cut_is_the_best_of_its_rank(parts, weights, rank):
     weights = weights[: len(parts)]
-    found, _ = Core(parts).lift(weighted_sum(Core(parts).blocks_PKL, weights), rank)
+    found, _ = Stack(parts).best(weights, rank)
     assert found.rank <= rank
     wanted = dense_sum(parts, weights)
     best = torch.linalg.svdvals(wanted)[rank:].norm()
@@ -109,10 +123,8 @@ def test_a_cut_by_energy_keeps_that_share_with_the_lowest_rank(parts, energy):
 def test_the_order_of_the_parts_does_not_matter(parts, weights, random):
     order = list(range(len(parts)))
     random.shuffle(order)
-    one = Core(parts)
-    other = Core([parts[i] for i in order])
-    a, _ = one.lift(weighted_sum(one.blocks_PKL, weights[: len(parts)]))
-    b, _ = other.lift(weighted_sum(other.blocks_PKL, [weights[i] for i in order]))
+    a, _ = Stack(parts).best(weights[: len(parts)])
+    b, _ = Stack([parts[i] for i in order]).best([weights[i] for i in order])
     assert (a.dense() - b.dense()).norm() <= 4e-6 * size(parts, weights)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_dist.adapters import methods
-from qlora_dist.adapters.algebra import Core
+from qlora_dist.adapters.algebra import Core, Stack
 from qlora_dist.adapters.rules import merge_rule
 from qlora_dist.config.merge import CALIBRATED, MergeConfig, MergeMethod
 from qlora_dist.errors import ModelError
@@ -203,4 +203,4 @@ def test_learned_weights_find_the_minimum():
 def test_the_core_has_the_ranks_of_the_stacks_and_no_more():
     shared = random_parts(1)[0].A_RI
     parts = [Factors(shared, p.B_OR) for p in random_parts(3)]
-    assert Core(parts).blocks_PKL.shape == (3, 12, 4)
+    assert Core(Stack(parts)).blocks_PKL.shape == (3, 12, 4)
