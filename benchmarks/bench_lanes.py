@@ -25,42 +25,44 @@ RESULTS = Path(__file__).parent / "results" / "lanes.md"
 SIDES = {"stock": "K runs of Trainer + peft + bitsandbytes", "solo": "K runs of the loop", "fused": "K lanes, fused"}
 WATCHED_STEPS = 2
 """The certificate looks closely at the first two steps: they are not timed, on any side."""
+DTYPES = ("float32", "bfloat16")
 TIMED_RUNS = 2
 """Runs that follow each other are alike: the speed of K of them is measured on the first two."""
 
 
 def prepare(folder: Path, shape: str, num_tokens: tuple[int, ...]) -> None:
-    """Makes a random base in float32, its pre-quantized copy, and rows of each length."""
+    """Makes a random base, its pre-quantized copy for each dtype, and rows of each length."""
     from qlora_dist.config.model import Dtype, ModelConfig
     from qlora_dist.config.stages import BaseConfig
     from qlora_dist.model.base import prepare_base
     from qlora_dist.testing import save_rows, save_tiny_model
 
     model = save_tiny_model(folder / "model", **SHAPES[shape])
-    (folder / "base").mkdir()
-    prepare_base(BaseConfig(model=ModelConfig(path=str(model), compute_dtype=Dtype.float32)), {}, folder / "base")
+    for dtype in DTYPES:
+        base = folder / f"base-{dtype}"
+        base.mkdir()
+        prepare_base(BaseConfig(model=ModelConfig(path=str(model), compute_dtype=Dtype[dtype])), {}, base)
     for size in num_tokens:
         save_rows(folder / f"rows-{size}", 64, size)
 
 
-def configs_of(num_lanes: int, tokens: int, steps: int) -> dict[str, Any]:
+def configs_of(cell: Cell, steps: int) -> dict[str, Any]:
     """Returns K recipes: ranks 8, 16 and 32, alphas, learning rates and seeds of their own, one row a step."""
     from qlora_dist.config.model import Dtype, ModelConfig
     from qlora_dist.config.stages import AdapterConfig
     from qlora_dist.config.train import LoraConfig, StrategyConfig, StrategyName, TrainConfig
 
-    train = TrainConfig(
-        row_tokens=tokens, tokens_per_step=tokens, micro_batch_tokens=tokens, max_steps=steps, epochs=1000
-    )
+    size = cell.tokens
+    train = TrainConfig(row_tokens=size, tokens_per_step=size, micro_batch_tokens=size, max_steps=steps, epochs=1000)
     return {
         f"lane-{k}": AdapterConfig(
-            model=ModelConfig(compute_dtype=Dtype.float32),
+            model=ModelConfig(compute_dtype=Dtype[cell.dtype]),
             lora=LoraConfig(lora_rank=(16, 8, 16, 32)[k % 4], lora_alpha=(16.0, 32.0)[k % 2]),
             train=replace(train, learning_rate=1e-3 / (1 + k % 3)),
             strategy=StrategyConfig(name=StrategyName.ddp),
             seed=k,
         )
-        for k in range(num_lanes)
+        for k in range(cell.num_lanes)
     }
 
 
@@ -84,6 +86,15 @@ class Times:
 
 
 @dataclass(frozen=True, slots=True)
+class Cell:
+    """What is compared: how many adapters, at how many tokens a step each, in which dtype."""
+
+    num_lanes: int
+    tokens: int
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """What one side came to: its speed, and the last loss and the adapter of each run that was timed."""
 
@@ -93,7 +104,7 @@ class Found:
     adapters: list[dict[str, Any]]
 
 
-def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) -> Found:
+def train_all(folder: Path, side: str, cell: Cell, steps: int) -> Found:
     """Trains K adapters on one side, or as many of them as are timed."""
     from contextlib import ExitStack
 
@@ -103,8 +114,9 @@ def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) 
     from qlora_dist.runtime import sinks
     from qlora_dist.train import train_adapter, train_adapters
 
-    configs = configs_of(num_lanes, tokens, steps)
-    inputs = {"base": folder / "base", "tokenizer": folder / "model", "rows": folder / f"rows-{tokens}"}
+    configs = configs_of(cell, steps)
+    base, rows = folder / f"base-{cell.dtype}", folder / f"rows-{cell.tokens}"
+    inputs = {"base": base, "tokenizer": folder / "model", "rows": rows}
     timed = list(configs)[:TIMED_RUNS]
     times = {label: Times() for label in timed}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -116,7 +128,7 @@ def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) 
                 stack.enter_context(sinks(times[label], lane=label))
             train_adapters(configs, dict.fromkeys(configs, inputs), outs)
             cpu_s, wall_s = times[timed[0]].seconds()
-            done = num_lanes
+            done = cell.num_lanes
         else:
             for label in timed:
                 config = configs[label]
@@ -126,11 +138,11 @@ def train_all(folder: Path, side: str, num_lanes: int, tokens: int, steps: int) 
             cpu_s, wall_s = (sum(own) for own in zip(*(t.seconds() for t in times.values()), strict=True))
             done = len(timed)
         adapters = [load_file(outs[label] / "adapter_model.safetensors") for label in timed]
-    size = done * tokens * (steps - WATCHED_STEPS)
+    size = done * cell.tokens * (steps - WATCHED_STEPS)
     return Found(size / cpu_s, size / wall_s, [own.loss[-1] for own in times.values()], adapters)
 
 
-def products_alone(folder: Path, num_lanes: int, tokens: int, repeats: int) -> float:
+def products_alone(folder: Path, cell: Cell, repeats: int) -> float:
     """Returns tokens a CPU second if a step were its products with the frozen layers alone: x Wᵀ, and dy W back.
 
     No way to train takes fewer of them, so this is the limit of each side, as fast as this machine multiplies.
@@ -141,7 +153,7 @@ def products_alone(folder: Path, num_lanes: int, tokens: int, repeats: int) -> f
 
     shape = shape_in(folder / "model")
     assert shape is not None
-    rows, spent = num_lanes * tokens, 0.0
+    rows, spent = cell.num_lanes * cell.tokens, 0.0
     for wide_in, wide_out in shape.linears().values():
         weight_OI = torch.randn(wide_out, wide_in)
         x_TI, dy_TO = torch.randn(rows, wide_in), torch.randn(rows, wide_out)
@@ -166,14 +178,14 @@ def gaps(mine: Found, theirs: Found) -> str:
     return f"{loss:.0e}, {away:.0e}"
 
 
-def compare(folder: Path, num_lanes: int, tokens: int, pairs: int, steps: int) -> str:
+def compare(folder: Path, cell: Cell, pairs: int, steps: int) -> str:
     """Returns one line of the table: the three sides in turn, `pairs` times."""
     found: dict[str, list[Found]] = {side: [] for side in SIDES}
     limits = []
     for _ in range(pairs):
         for side in SIDES:
-            found[side].append(train_all(folder, side, num_lanes, tokens, steps))
-        limits.append(products_alone(folder, num_lanes, tokens, steps))
+            found[side].append(train_all(folder, side, cell, steps))
+        limits.append(products_alone(folder, cell, steps))
 
     def ratio(side: str, what: str) -> str:
         both = zip(found["fused"], found[side], strict=True)
@@ -184,7 +196,7 @@ def compare(folder: Path, num_lanes: int, tokens: int, pairs: int, steps: int) -
     cells += [ratio("solo", "tokens_per_cpu_s"), spread(limits)]
     cells += [spread([100 * a.tokens_per_cpu_s / b for a, b in zip(found["fused"], limits, strict=True)])]
     cells += [gaps(found["fused"][0], found[side][0]) for side in ("stock", "solo")]
-    return f"| {num_lanes} | {tokens} | {pairs} | " + " | ".join(cells) + " |"
+    return f"| {cell.dtype} | {cell.num_lanes} | {cell.tokens} | {pairs} | " + " | ".join(cells) + " |"
 
 
 def peak_bytes(folder: Path, side: str, num_lanes: int, tokens: int) -> int:
@@ -211,24 +223,28 @@ def memory_table(folder: Path, num_lanes: int, tokens: int) -> list[str]:
 
 
 def measure_part(part: str, folder: Path, pairs: int, steps: int, largest: tuple[int, int]) -> list[str]:
-    """Measures one part: `memory`, or K x tokens, as `16x32`; returns its lines."""
+    """Measures one part: `memory`, or K x tokens, as `16x32` or `bfloat16:16x32`; returns its lines."""
     if part == "memory":
         return memory_table(folder, *largest)
-    lanes, tokens = map(int, part.split("x"))
-    return [compare(folder, lanes, tokens, pairs, steps)]
+    dtype, _, size = part.rpartition(":")
+    lanes, tokens = map(int, size.split("x"))
+    return [compare(folder, Cell(lanes, tokens, dtype or "float32"), pairs, steps)]
 
 
 def results(kept: dict[str, list[str]], cells: list[str], shape: str) -> str:
     """Returns the whole text."""
-    text = ["# Lanes", "", circumstances(), f"Base: random Llama, {SHAPES[shape]}; NF4, double quant, float32."]
+    text = ["# Lanes", "", circumstances(), f"Base: random Llama, {SHAPES[shape]}; NF4, double quant."]
     text += ["Ranks 8, 16, 32; one row a lane and step. Tokens a CPU second on one thread of the steps after the"]
     text += ["second: median (least – greatest) of the rounds, sides in turn; K runs by their first two."]
     text += ["Gaps, of the same two adapters: the largest difference of last losses, and the largest relative"]
     text += [
         "distance of two adapters (Frobenius norm over all layers). *Products alone*: the same K x tokens rows through"
     ]
-    text += ["the frozen layers and back, and nothing else: what no way to train can beat here.", ""]
+    text += ["the frozen layers and back in float32, and nothing else: what no way to train can beat here."]
+    text += ["bfloat16 is the dtype of stock recipes. Without 16-bit units, as here, the loop multiplies its values in"]
+    text += ["float32 and rounds; stock leaves bfloat16 to the library's slow products.", ""]
     head = [
+        "dtype",
         "K",
         "tokens a lane",
         "rounds",
@@ -260,12 +276,13 @@ def main() -> None:
         from qlora_dist.train.memory import peak_memory_bytes
 
         side, folder, lanes, tokens = args.one
-        train_all(Path(folder), side, int(lanes), int(tokens), 3)
+        train_all(Path(folder), side, Cell(int(lanes), int(tokens)), 3)
         print(json.dumps({"peak_bytes": peak_memory_bytes()}))
         return
     shape, pairs, steps = ("tiny", 1, 3) if args.small else ("small", args.pairs, 4)
     lanes, sizes = ((2, 4), (32,)) if args.small else ((4, 8, 16), (32, 128))
     cells = [f"{k}x{size}" for size in sizes for k in lanes]
+    cells += [f"bfloat16:{lanes[-1]}x{size}" for size in sizes]
     kept = json.loads(args.keep.read_text()) if args.keep and args.keep.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), shape, sizes)

@@ -91,6 +91,7 @@ class TrainConfig:
     max_grad_norm: float = setting(1.0, above=0)
     micro_batch_tokens: int = execution(2048, at_least=8)
     activation_checkpointing: Checkpointing = execution(Checkpointing.off)
+    compile: bool = execution(False)
     log_every_steps: int = execution(1, at_least=1)
     checkpoint_every_s: float = execution(600.0, at_least=0)
     dense_cache_share: float = execution(-1.0, at_least=-1, below=1)
@@ -148,10 +149,17 @@ def check_supported(train: TrainConfig, strategy: StrategyConfig) -> None:
     if train.method is Method.full and strategy.name is not StrategyName.single:
         repair = "Set strategy=single, or train.method=lora."
         raise bad_value("train.method", "full", f"lora with strategy={strategy.name.name}", repair)
-    if train.optimizer is not Optimizer.adamw and strategy.name is not StrategyName.single:
-        wanted = f"adamw with strategy={strategy.name.name}, whose moments are those of adapters: 8 bytes a value"
-        repair = "Set train.optimizer=adamw, or strategy=single; strategy=deepspeed divides moments over processes."
+    if train.optimizer is not Optimizer.adamw and strategy.name is StrategyName.deepspeed:
+        wanted = "adamw with strategy=deepspeed, which divides the moments over the processes"
+        repair = "Set train.optimizer=adamw, or strategy=ddp or fsdp."
         raise bad_value("train.optimizer", train.optimizer.name, wanted, repair)
+    if train.compile and strategy.name in (StrategyName.single, StrategyName.deepspeed):
+        wanted = f"false with strategy={strategy.name.name}, which runs the layers in its own way"
+        raise bad_value("train.compile", "true", wanted, "Set strategy=ddp, fsdp or auto.")
+    if train.compile and train.activation_checkpointing is not Checkpointing.off:
+        asked = train.activation_checkpointing.name
+        wanted = f"false with train.activation_checkpointing={asked}: torch compiles no layer that it computes again"
+        raise bad_value("train.compile", "true", wanted, "Set one of the two off.")
     if strategy.ranks_per_group and strategy.world_size % strategy.ranks_per_group:
         wanted = f"a divisor of strategy.world_size = {strategy.world_size}"
         raise bad_value("strategy.ranks_per_group", strategy.ranks_per_group, wanted)

@@ -25,6 +25,7 @@ from qlora_dist.train.checks import (
     check_unchanged,
     probe_of,
 )
+from qlora_dist.train.compiled import compile_layers
 from qlora_dist.train.course import Course
 from qlora_dist.train.first_steps import check_apart
 from qlora_dist.train.lanes import Lane, attach_lanes
@@ -61,6 +62,8 @@ class Engine:
         recomputed = recomputes(model, base, lanes, strategy)
         if recomputed:
             loaded.activation_checkpointing_enable({"use_reentrant": False})
+        if train.compile:
+            compile_layers(loaded)
         engine = cls(Stepper(LaneModel(loaded).train(), lanes, seating, strategy), recomputes=recomputed)
         if stored:
             engine.place_stored(base, model)

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_dist.config.model import Dtype
 from qlora_dist.config.stages import AdapterConfig
-from qlora_dist.config.train import Checkpointing, Method, Optimizer, TrainConfig
+from qlora_dist.config.train import Checkpointing, Method, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.errors import bad_value
 from qlora_dist.model.base import load_model
@@ -25,6 +25,7 @@ from qlora_dist.train.certificate import Certificate
 from qlora_dist.train.examination import Examination
 from qlora_dist.train.first_steps import check_finite
 from qlora_dist.train.memory import free_memory_bytes
+from qlora_dist.train.moments import adamw
 from qlora_dist.train.strategies.choice import FITS, standard_bytes
 from qlora_dist.train.training import Training
 
@@ -108,42 +109,11 @@ def training_arguments(config: AdapterConfig, budget: Budget, folder: Path, reco
 
 
 def optimizer_and_schedule(model: Any, train: TrainConfig, budget: Budget) -> tuple[Any, Any]:
-    """Returns AdamW over what is trained, and the recipe's schedule: transformers' own wastes step 1 at a rate of 0.
-
-    Moments in 8 bits or in pages are bitsandbytes' own.
-
-    Raises:
-        ConfigError: for pages without a GPU, where bitsandbytes would quietly do without.
-    """
+    """Returns AdamW over what is trained, and the recipe's schedule: transformers' own wastes step 1 at a rate of 0."""
     from torch.optim.lr_scheduler import LambdaLR
 
-    kind = train.optimizer
-    if kind.is_paged and device().type != "cuda":
-        wanted = f"{kind.name.removeprefix('paged_')} without a GPU: pages move from a GPU's memory to the host's"
-        raise bad_value("train.optimizer", kind.name, wanted)
-    optimizer = optimizer_class(kind)(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        weight_decay=train.weight_decay,
-    )
+    optimizer = adamw(train, [p for p in model.parameters() if p.requires_grad])
     return optimizer, LambdaLR(optimizer, lambda step: budget.rate_share(step, train.schedule))
-
-
-def optimizer_class(kind: Optimizer) -> Any:
-    """Returns torch's AdamW, or the one of bitsandbytes that holds its moments as asked."""
-    if kind is Optimizer.adamw:
-        from torch.optim import AdamW
-
-        return AdamW
-    import bitsandbytes.optim
-
-    names = {
-        Optimizer.adamw_8bit: "AdamW8bit",
-        Optimizer.paged_adamw: "PagedAdamW",
-        Optimizer.paged_adamw_8bit: "PagedAdamW8bit",
-    }
-    return getattr(bitsandbytes.optim, names[kind])
 
 
 class OrderedRows:

@@ -16,7 +16,7 @@ from zlib import crc32
 import torch
 from torch import nn
 
-from qlora_dist.config.train import LoraConfig, TrainConfig
+from qlora_dist.config.train import LoraConfig, Optimizer, TrainConfig
 from qlora_dist.data.rows import Rows
 from qlora_dist.model.frozen import FrozenLinear
 from qlora_dist.model.lora import attach_lora
@@ -24,6 +24,7 @@ from qlora_dist.runtime import set_seed
 from qlora_dist.train.bank import Bank, Group, Shape
 from qlora_dist.train.budget import Budget
 from qlora_dist.train.fused import Run, Site, lane_product
+from qlora_dist.train.moments import FactorAdam, adamw
 
 PEFT_PREFIX = "base_model.model."
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,7 +45,7 @@ class Lane:
     budget: Budget
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     peft_config: Any = None
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer | FactorAdam | None = None
     values_P: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.zeros(0)))
     _group: Group | None = None
 
@@ -66,21 +67,24 @@ class Lane:
             self.parameters[name] = nn.Parameter(value)
             self.parameters[name].grad = grads[name]
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self) -> None:
         """Makes this lane's AdamW; the learning rate is set anew at each step."""
-        self.optimizer = torch.optim.AdamW(
-            [self.values_P],
-            lr=self.train.learning_rate,
-            betas=(self.train.adam_beta1, self.train.adam_beta2),
-            weight_decay=self.train.weight_decay,
-            fused=True,
-        )
-        return self.optimizer
+        if self.train.optimizer is Optimizer.adamw:
+            self.optimizer = adamw(self.train, [self.values_P], fused=True)
+            return
+        assert self._group is not None
+        assert self.values_P.grad is not None
+        own = (self.values_P.detach(), self.values_P.grad)
+        values, grads = (self._group.named_views(whole, self.lora.lora_rank) for whole in own)
+        as_laid = [{n: v if v.is_contiguous() else v.T for n, v in views.items()} for views in (values, grads)]
+        self.optimizer = FactorAdam(self.train, *as_laid)
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Returns the optimizer's live state by name: `#step`, and `<parameter>#<moment>`; zeros before any step."""
         assert self.optimizer is not None
         assert self._group is not None
+        if isinstance(self.optimizer, FactorAdam):
+            return self.optimizer.named_state()
         state = self.optimizer.state[self.values_P]
         if not state:
             state["step"] = torch.zeros((), device=self.values_P.device)

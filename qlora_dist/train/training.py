@@ -20,6 +20,7 @@ from qlora_dist.model.weights import tokenizer_digest
 from qlora_dist.runtime import Facts
 from qlora_dist.train.batches import open_rows
 from qlora_dist.train.budget import Budget, plan_budget
+from qlora_dist.train.compiled import check_compiler
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Training:
         check_step(config.train, config.strategy.world_size)
         check_supported(config.train, config.strategy)
         check_kernels(config.model)
+        if config.train.compile:
+            check_compiler()
         plain, config = config, watched(config)
         base, row_tokens = open_base(inputs["base"]), config.train.row_tokens
         rows = open_rows(inputs["rows"], base, row_tokens)

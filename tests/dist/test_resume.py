@@ -7,6 +7,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from qlora_dist.config.train import Optimizer
 from qlora_dist.testing import RankPool
 from qlora_dist.train import train_adapter
 from tests.dist.drill import drill, live
@@ -188,6 +189,17 @@ def test_checkpoint_of_four_ranks_continues_on_fewer(pool, inputs, folder, recip
     facts = pool.run(train_adapter, world_size, recipe(strategy, world_size, epochs=4), inputs, out)[0]
     assert facts["resumed_after_step"] == 8
     assert distance(out, whole) < 1e-2
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_moments_in_8_bits_continue_on_every_rank(pool, inputs, folder, recipe, strategy):
+    config = recipe(strategy, 2, lora={"lora_rank": 128}, optimizer=Optimizer.adamw_8bit, learning_rate=2e-3, epochs=2)
+    whole, out = folder("whole"), folder("out")
+    pool.run(train_adapter, 2, config, inputs, whole)
+    stopped_after(pool, inputs, out, config, world_size=2, step=3)
+    facts = pool.run(train_adapter, 2, config, inputs, out)[0]
+    assert facts["resumed_after_step"] == 3
+    assert read(out) == read(whole)
 
 
 @pytest.mark.slow

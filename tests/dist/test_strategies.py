@@ -88,6 +88,15 @@ def test_activation_checkpointing_changes_nothing(train, recipe, quantization, r
     assert distance(adapter, plain) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_layers_change_nothing_but_rounding(train, recipe, strategy):
+    compiled, lines, _ = train(recipe(strategy, 2, compile=True), "compiled")
+    plain, plain_lines, _ = train(recipe(strategy, 2), "plain")
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in plain_lines], rel=1e-4)
+    assert 0 < distance(compiled, plain) < 1e-2
+
+
 def test_loop_agrees_with_the_standard_workflow(train, recipe):
     standard, lines, facts = train(recipe("single", 1, micro_batch_tokens=128, epochs=2), "single")
     ours, our_lines, our_facts = train(recipe("ddp", 1, micro_batch_tokens=128, epochs=2), "ddp")

@@ -45,8 +45,9 @@ def dense_sum(parts: list[Factors], weights: list[float]) -> torch.Tensor:
 
 
 def size(parts: list[Factors], weights: list[float]) -> float:
-    """Returns the size that rounding is measured against: it doesn't shrink where parts cancel."""
-    return sum(abs(w) * float(part.dense().norm()) for w, part in zip(weights, parts, strict=False)) + 1e-30
+    """Returns the size that rounding is measured against: not 0 where parts cancel or weigh nothing."""
+    norms = [float(part.dense().norm()) for part in parts]
+    return sum(abs(w) * norm for w, norm in zip(weights, norms, strict=False)) + 1e-8 * sum(norms) + 1e-30
 
 
 @FEW
@@ -105,6 +106,13 @@ def test_a_cut_is_the_best_of_its_rank(parts, weights, rank):
     wanted = dense_sum(parts, weights)
     best = torch.linalg.svdvals(wanted)[rank:].norm()
     assert (found.dense() - wanted).norm() <= best + 2e-6 * size(parts, weights)
+
+
+def test_parts_that_weigh_nothing_leave_nothing():
+    parts = [Factors(torch.randn(3, 9), torch.randn(7, 3)), Factors(torch.randn(2, 9), torch.zeros(7, 2))]
+    for weights in ([0.0, 1.0], [0.0, 0.0]):
+        found, _ = Stack(parts).best(weights)
+        assert found.dense().norm() < 1e-12
 
 
 @FEW

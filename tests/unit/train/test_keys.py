@@ -94,8 +94,6 @@ def other(inputs):
         model = replace(made[ModelConfig], path=str(inputs["tokenizer"]) if path else "", tiny=made[TinyConfig])
         model.revision = own["revision"] if path else ""
         made[TrainConfig].micro_batch_tokens = 64
-        if strategy != "single":
-            made[TrainConfig].optimizer = Optimizer.adamw  # the others refuse another
         return AdapterConfig(
             model=model,
             lora=made[LoraConfig],

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_dist.config.model import Dtype, ModelConfig, Quantization
 from qlora_dist.config.stages import AdapterConfig, BaseConfig
-from qlora_dist.config.train import LoraConfig, Method, Optimizer, Schedule, StrategyConfig, StrategyName, TrainConfig
+from qlora_dist.config.train import LoraConfig, Method, Optimizer, Schedule, TrainConfig
 from qlora_dist.errors import ConfigError, TrainError
 from qlora_dist.model.adapter import read_provenance
 from qlora_dist.model.base import load_model, open_base, prepare_base
@@ -167,12 +166,6 @@ def test_moments_in_eight_bits_are_held_so_and_lead_the_same_way(wide, tmp_path,
 def test_pages_without_a_gpu_are_refused_by_name(inputs, tmp_path):
     with pytest.raises(ConfigError, match=r"train.optimizer=paged_adamw_8bit: expected adamw_8bit without a GPU"):
         train(config(optimizer=Optimizer.paged_adamw_8bit), inputs, tmp_path / "out")
-
-
-def test_moments_of_adapters_in_the_loop_are_those_of_torch(inputs, tmp_path):
-    told = replace(config(optimizer=Optimizer.adamw_8bit), strategy=StrategyConfig(name=StrategyName.ddp))
-    with pytest.raises(ConfigError, match=r"Set train.optimizer=adamw, or strategy=single"):
-        train(told, inputs, tmp_path / "out")
 
 
 def test_rows_of_another_length_are_refused(inputs, tmp_path):

@@ -1,0 +1,40 @@
+"""`train.compile=true`: torch.compile makes one kernel each of what lies between the products of a decoder layer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from qlora_dist.errors import ConfigError
+from qlora_dist.model.frozen import FrozenLinear
+from qlora_dist.runtime import device
+from qlora_dist.train.lanes import LaneLinear
+
+
+def check_compiler() -> None:
+    """Refuses to compile where the compiler that torch calls is absent.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    name = os.environ.get("CXX", "g++")
+    if device().type == "cpu" and shutil.which(name) is None:
+        raise ConfigError(
+            f"train.compile=true needs a C++ compiler; {name} isn't here. Install it, or set it to false."
+        )
+
+
+def compile_layers(model: Any) -> None:
+    """Has norms, rotations, activations and attention of each decoder layer compiled, at its first step.
+
+    Products of adapted and frozen layers are left out: they read what changes between micro-batches (whose rows are
+    where) and call bitsandbytes' kernels, and a matrix product gains nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, LaneLinear | FrozenLinear):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    for layer in getattr(model, model.base_model_prefix).layers:
+        layer.compile()
