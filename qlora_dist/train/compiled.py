@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,8 +34,13 @@ def compile_layers(model: Any) -> None:
     Products of adapted and frozen layers are left out: they read what changes between micro-batches (whose rows are
     where) and call bitsandbytes' kernels, and a matrix product gains nothing.
     """
-    for module in model.modules():
-        if isinstance(module, LaneLinear | FrozenLinear):
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    _leave_out(LaneLinear)
+    _leave_out(FrozenLinear)
     for layer in getattr(model, model.base_model_prefix).layers:
         layer.compile()
+
+
+@cache
+def _leave_out(kind: type[LaneLinear | FrozenLinear]) -> None:
+    """Leaves out the class once: for layers with a forward of their own torch would compile one by one."""
+    kind.forward = torch.compiler.disable(kind.forward)  # type: ignore[method-assign]
