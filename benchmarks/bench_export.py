@@ -97,9 +97,10 @@ def here(folder: str, dtype: str) -> dict[str, Any]:
     from qlora_dist.export.huggingface import DTYPES, write_model
     from qlora_dist.export.weights import MergedWeights
     from qlora_dist.model.peft_folder import PeftFolder
+    from qlora_dist.runtime import peak_resident_bytes
 
     torch.randn(64, 64) @ torch.randn(64, 64)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held = peak_resident_bytes()
     out = Path(folder) / "merged"
     out.mkdir()
     began, worked = time.perf_counter(), time.process_time()
@@ -110,7 +111,7 @@ def here(folder: str, dtype: str) -> dict[str, Any]:
     size = to_disk(out)
     seconds = time.perf_counter() - began
     shutil.rmtree(out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held
+    peak = peak_resident_bytes() - held
     lowest = min(gain.share for gain in gains.values())
     told = {"seconds": seconds, "unsynced": written, "cpu": cpu, "peak": peak, "bytes": size}
     return told | {"largest": largest, "lowest_gain": lowest}
@@ -122,7 +123,9 @@ def load_and_save(folder: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    from qlora_dist.runtime import peak_resident_bytes
+
+    held = peak_resident_bytes()
     began, worked = time.perf_counter(), time.process_time()
     model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.bfloat16)
     model = peft.PeftModel.from_pretrained(model, f"{folder}/adapter").merge_and_unload()
@@ -131,7 +134,7 @@ def load_and_save(folder: str) -> dict[str, Any]:
     size = to_disk(Path(folder) / "saved")
     seconds = time.perf_counter() - began
     shutil.rmtree(f"{folder}/saved")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held
+    peak = peak_resident_bytes() - held
     return {"seconds": seconds, "unsynced": written, "cpu": cpu, "peak": peak, "bytes": size}
 
 

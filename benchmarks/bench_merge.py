@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -119,6 +118,7 @@ def from_files(folder: str, method: str, rank: int, workers: int) -> dict[str, A
     from qlora_dist.adapters.merge import merge_adapters
     from qlora_dist.config.merge import MergeConfig, MergeMethod, MergeWeights
     from qlora_dist.config.stages import MergedConfig
+    from qlora_dist.runtime import peak_resident_bytes
 
     inputs = {p.name: p for p in sorted(Path(folder).glob("shard-*"))}
     out = Path(folder) / "merged"
@@ -130,7 +130,7 @@ def from_files(folder: str, method: str, rank: int, workers: int) -> dict[str, A
     seconds = time.perf_counter() - began
     size = (out / "adapter_model.safetensors").stat().st_size
     shutil.rmtree(out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident_bytes()
     return {"seconds": [seconds], "peak": peak, "modules": facts["num_modules"], "written": size}
 
 

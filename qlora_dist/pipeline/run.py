@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import resource
 import socket
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.sealed import note_reading
 from qlora_dist.pipeline.stages import STAGES
 from qlora_dist.pipeline.tracked import say_made, say_trials, tracked
-from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, rank, world_size, write_json
+from qlora_dist.runtime import PROGRESS_VARIABLE, Facts, clear, log, peak_resident_bytes, rank, world_size, write_json
 
 SEEN_S = 60.0
 LAUNCHED = ("QLORA_DIST_LAUNCHER", "SLURM_JOB_ID")
@@ -211,8 +210,7 @@ def _peak_bytes() -> int:
     """Returns the most memory that this process held so far: of its GPU where it has one, else its own."""
     if _num_gpus():
         return int(sys.modules["torch"].cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
 
 
 def _version(package: str) -> str:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-
 import psutil
 import torch
 
-from qlora_dist.runtime import device, local_world_size
+from qlora_dist.runtime import device, local_world_size, peak_resident_bytes
 
 
 def peak_memory_bytes() -> int:
     """Returns the most memory held so far: allocated on the GPU where there is one, else this process's own."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()
 
 
 def free_memory_bytes() -> int:
