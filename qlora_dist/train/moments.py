@@ -65,7 +65,7 @@ class FactorAdam:
         for name, factor in self._factors.items():
             factor.grad = grads[name]
         self._adam: Any = adamw(train, list(self._factors.values()))
-        self._step = torch.zeros(())
+        self._step = torch.zeros((), device=device())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -41,12 +41,28 @@ def test_loop_agrees_with_the_standard_workflow(inputs, tmp_path):
 
 
 @requires_gpu
+@pytest.mark.parametrize("name", [StrategyName.single, StrategyName.ddp])
 @pytest.mark.parametrize("kind", Optimizer)
-def test_optimizers_of_every_kind_lower_the_loss(kind, inputs, tmp_path):
+def test_optimizers_of_every_kind_lower_the_loss(kind, name, inputs, tmp_path):
     recipe = TrainConfig(row_tokens=128, tokens_per_step=1024, micro_batch_tokens=512, epochs=8, optimizer=kind)
-    train_adapter(AdapterConfig(lora=LoraConfig(lora_rank=32), train=recipe, seed=1), inputs, tmp_path)
+    strategy = StrategyConfig(name=name)
+    config = AdapterConfig(lora=LoraConfig(lora_rank=32), train=recipe, strategy=strategy, seed=1)
+    train_adapter(config, inputs, tmp_path)
     lines = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1] < lines[0]
+
+
+@requires_gpu
+def test_compiled_layers_change_nothing_but_rounding(inputs, tmp_path):
+    losses = []
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        out.mkdir()
+        recipe = TrainConfig(row_tokens=128, tokens_per_step=1024, micro_batch_tokens=512, compile=compiled)
+        strategy = StrategyConfig(name=StrategyName.ddp)
+        train_adapter(AdapterConfig(lora=LoraConfig(), train=recipe, strategy=strategy, seed=1), inputs, out)
+        losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
 @requires_gpu

@@ -58,7 +58,7 @@ class ReplicatedBase:
         if self.world_size == 1:
             return
         for value in values:
-            sent = value.contiguous()  # a lane's factors may be views with gaps
+            sent = value.to(self.device).contiguous()  # factors may be views with gaps, moments lie on the host
             dist.broadcast(sent, src=0)
             value.copy_(sent)
 
