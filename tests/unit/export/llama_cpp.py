@@ -1,32 +1,55 @@
-"""llama.cpp as a judge: a GGUF file served in this process, asked for tokens, greedy text and probabilities."""
+"""llama.cpp as a judge: a GGUF file served by a process of its own, asked for tokens, text and probabilities.
+
+Not in this process: llama.cpp's server may wait forever for its own threads when it is taken down, and no time-out of
+a test ends that.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.request
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 NUM_GREEDY = 12
+SERVE = """
+import sys
+import xllamacpp
+
+model, lora = sys.argv[1:]
+settings = xllamacpp.CommonParams()
+settings.model.path = model
+settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
+settings.cpuparams.n_threads = 1
+settings.verbosity = 0
+if lora:
+    told = xllamacpp.CommonAdapterLoraInfo()
+    told.path, told.scale = lora, 1.0
+    settings.lora_adapters = [told]
+server = xllamacpp.Server(settings)
+print("\\nserves at", server.listening_address, flush=True)
+sys.stdin.read()
+"""
 
 
 class LlamaCpp:
-    """One GGUF file served by llama.cpp in this process."""
+    """One GGUF file served by llama.cpp, as long as this object lives."""
 
     def __init__(self, model: Path, lora: Path | None = None) -> None:
-        xllamacpp = pytest.importorskip("xllamacpp")
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(model)
-        settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
-        settings.cpuparams.n_threads = 1
-        settings.verbosity = 0
-        if lora is not None:
-            told = xllamacpp.CommonAdapterLoraInfo()
-            told.path, told.scale = str(lora), 1.0
-            settings.lora_adapters = [told]
-        self._server = xllamacpp.Server(settings)
+        pytest.importorskip("xllamacpp")
+        command = [sys.executable, "-c", SERVE, str(model), str(lora or "")]
+        pipe = subprocess.PIPE
+        server = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        weakref.finalize(self, _end, server)
+        assert server.stdout is not None
+        told = next((line for line in server.stdout if line.startswith("serves at ")), "")
+        assert told, f"llama.cpp can't serve {model}"
+        self._address = told.split()[-1]
 
     def greedy(self, prompt: list[int]) -> list[int]:
         return self._ask("/completion", prompt=prompt, n_predict=NUM_GREEDY, return_tokens=True, ignore_eos=True)[
@@ -51,8 +74,11 @@ class LlamaCpp:
 
     def _ask(self, path: str, **fields: Any) -> dict[str, Any]:
         body = json.dumps({"temperature": 0.0} | fields).encode()
-        request = urllib.request.Request(
-            self._server.listening_address + path, body, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(self._address + path, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.loads(reply.read())
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    server.kill()
+    server.communicate()
