@@ -106,10 +106,11 @@ class Stack:
 
     def _decompose(self, coefficients: Sequence[float]) -> tuple[torch.Tensor, ...]:
         """Returns Σ, W, E and F C. Each column of B is first made as long as its row of A, so that none is cut."""
-        d_N = (self.A_NN.diagonal() / self.B_NN.diagonal()).nan_to_num(1.0, 1.0).pow(0.25)
+        ratio_N = self.A_NN.diagonal() / self.B_NN.diagonal()
+        d_N = torch.where((ratio_N > 0) & ratio_N.isfinite(), ratio_N, 1.0).pow(0.25)
         root_KN, inverse_NK = halve_fast(self.B_NN * d_N.outer(d_N))
         each_N = torch.tensor(list(coefficients), dtype=torch.float64).repeat_interleave(self.ranks_P)
-        root_KN = root_KN * (each_N / d_N.clamp_min(torch.finfo(torch.float64).tiny))
+        root_KN = root_KN * (each_N / d_N)
         squares_K, W_KK = torch.linalg.eigh(root_KN @ self.A_NN @ root_KN.T)
         sigma_K = squares_K.flip(0).clamp_(min=0).sqrt()
         return sigma_K, W_KK.flip(1), d_N[:, None] * inverse_NK, root_KN

@@ -108,6 +108,18 @@ def test_a_cut_is_the_best_of_its_rank(parts, weights, rank):
     assert (found.dense() - wanted).norm() <= best + 2e-6 * size(parts, weights)
 
 
+def test_rows_of_zeros_on_either_side_change_nothing():
+    torch.manual_seed(0)
+    A_RI, B_OR = torch.randn(4, 9), torch.randn(7, 4)
+    A_RI[1], B_OR[:, 2] = 0, 0
+    parts = [Factors(A_RI, B_OR), Factors(A_RI * 0, torch.randn(7, 4)), Factors(torch.randn(2, 9), torch.randn(7, 2))]
+    for rank in (0, 2):
+        found, _ = Stack(parts).best([0.5, 1.0, -2.0], rank)
+        U, sigma, V = torch.linalg.svd(dense_sum(parts, [0.5, 1.0, -2.0]))
+        kept = rank or 4
+        assert (found.dense() - (U[:, :kept] * sigma[:kept]) @ V[:kept]).norm() < 1e-5
+
+
 def test_parts_that_weigh_nothing_leave_nothing():
     parts = [Factors(torch.randn(3, 9), torch.randn(7, 3)), Factors(torch.randn(2, 9), torch.zeros(7, 2))]
     for weights in ([0.0, 1.0], [0.0, 0.0]):
