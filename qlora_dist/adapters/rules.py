@@ -40,9 +40,7 @@ class ModuleFacts:
 
 
 Rule = Callable[[str, Sequence[Factors]], tuple[Factors, ModuleFacts]]
-_CORE_METHODS = frozenset(
-    {MergeMethod.ties, MergeMethod.dare, MergeMethod.tsv, MergeMethod.iso},
-)
+_CORE_METHODS = frozenset({MergeMethod.ties, MergeMethod.dare, MergeMethod.tsv, MergeMethod.iso})
 
 
 def merge_rule(

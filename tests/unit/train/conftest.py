@@ -1,5 +1,7 @@
 """A small base with rows, and an engine on it in this process."""
 
+import math
+
 import pytest
 
 from qlora_dist.config.model import Dtype, ModelConfig, Quantization
@@ -48,6 +50,14 @@ def make_engine(base):
         return Engine.build(model, base, list(lanes), ReplicatedBase())
 
     return make
+
+
+def distance(a, b):
+    """The relative distance of two adapters, the factors of all layers taken together."""
+    pairs = [(a.parameters[name], b.parameters[name]) for name in a.parameters]
+    return math.sqrt(
+        sum(float((x - y).square().sum()) for x, y in pairs) / sum(float(y.square().sum()) for _, y in pairs)
+    )
 
 
 def train(engine, courses):

@@ -9,6 +9,7 @@ from qlora_dist.config.train import Checkpointing
 from qlora_dist.testing import save_rows
 from qlora_dist.train.bank import Bank, Shape
 from qlora_dist.train.step import Stepper
+from tests.unit.train.conftest import distance
 
 RANKS = (4, 8, 12, 16, 24, 32, 48, 64)
 
@@ -28,14 +29,6 @@ def eight_recipes():
         }
         for k, rank in enumerate(RANKS)
     }
-
-
-def distance(a, b):
-    """The relative distance of two adapters, the factors of all layers taken together."""
-    pairs = [(a.parameters[name], b.parameters[name]) for name in a.parameters]
-    return math.sqrt(
-        sum(float((x - y).square().sum()) for x, y in pairs) / sum(float(y.square().sum()) for _, y in pairs)
-    )
 
 
 def test_eight_lanes_are_their_solo_runs(run, make_lane):

@@ -1,7 +1,5 @@
 """Moments of lanes in 8 bits: held so, near those of 32 bits, apart from any neighbour, and the same after a stop."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,16 +7,10 @@ from qlora_dist.config.train import Optimizer, StrategyConfig, StrategyName, Tra
 from qlora_dist.errors import ConfigError
 from qlora_dist.train.checkpoint import lane_state, restore
 from qlora_dist.train.moments import FactorAdam, adamw
+from tests.unit.train.conftest import distance
 
 WIDE = {"lora_rank": 128}
 """A rank at which factors have the 4,096 values from which bitsandbytes codes them."""
-
-
-def distance(a, b):
-    pairs = [(a.parameters[name], b.parameters[name]) for name in a.parameters]
-    return math.sqrt(
-        sum(float((x - y).square().sum()) for x, y in pairs) / sum(float(y.square().sum()) for _, y in pairs)
-    )
 
 
 def steps(stepper, *numbers):
