@@ -61,7 +61,7 @@ def halve(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def halve_fast(gram_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what `halve` does, by a Cholesky factor where X is far from losing rank: a tenth of the time."""
+    """Returns what `halve` does, by a Cholesky factor, which is less work, where X is far from losing rank."""
     lower_NN, failed = torch.linalg.cholesky_ex(gram_NN)
     pivots_N = lower_NN.diagonal()
     if int(failed) or float(pivots_N.min()) < _PIVOT * float(pivots_N.max()):
