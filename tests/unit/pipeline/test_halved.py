@@ -238,8 +238,12 @@ def steps_of_lanes(monkeypatch) -> dict[str, list[int]]:
     return taken
 
 
-def life(shard: Shard, log: Path, kill_after_s: float | None) -> int:
-    """Runs one life of the halving in a forked process; kills it after some seconds. Returns its exit code."""
+def life(shard: Shard, log: Path, kill_after: int | None = None, and_s: float = 0.0) -> int:
+    """Runs one life of the halving in a forked process; returns its exit code.
+
+    It is killed some seconds after it has logged so many steps of lanes: counted, for a machine may be fast or slow.
+    """
+    begun = steps_in(log)
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -249,10 +253,20 @@ def life(shard: Shard, log: Path, kill_after_s: float | None) -> int:
             code = 0
         finally:
             os._exit(code)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
+    if kill_after is not None:
+        while steps_in(log) < begun + kill_after and not has_ended(pid):
+            time.sleep(0.005)
+        time.sleep(and_s)
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def steps_in(log: Path) -> int:
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def note_steps(log: Path) -> None:
@@ -264,6 +278,7 @@ def note_steps(log: Path) -> None:
         results = plain(self, steps, *rest)
         with log.open("a") as file:
             file.write("".join(f"{self.lanes[k].name} {step}\n" for k, step in steps.items()))
+        time.sleep(0.05)  # a halving is longer than its killer's patience, on a fast machine too
         return results
 
     Stepper.take = take
@@ -276,9 +291,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_winner_and_the_same_bytes_an
     expected = verdict(whole.halve(lanes=6))
     chance, kills, log = random.Random(5), 0, tmp_path / "steps.log"
     for _ in range(6):
-        kills += life(killed, log, chance.uniform(0.2, 1.6)) == -signal.SIGKILL
-    assert kills >= 2
-    assert life(killed, log, None) == 0
+        kills += life(killed, log, chance.randint(0, 1), chance.uniform(0.0, 0.1)) == -signal.SIGKILL
+    assert kills >= 4
+    assert life(killed, log) == 0
     (out,) = killed.artifacts("halved").values()
     assert verdict(out) == expected
     mine, theirs = whole.adapters(), killed.adapters()
