@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from qlora_dist.adapters.merge import merge_adapters
 from qlora_dist.config.stages import MergedConfig, RoundsConfig, WorkerConfig
+from qlora_dist.config.train import Optimizer
 from qlora_dist.model.adapter import read_provenance
 from qlora_dist.pipeline.rounds import train_worker
 from qlora_dist.testing import save_rows
@@ -26,8 +27,8 @@ def shards(inputs, tmp_path_factory):
 def worker(recipe, tmp_path_factory):
     """Builds a config of 20 steps in four rounds, and the folders of two or three workers."""
 
-    def build(name, workers=("a", "b"), wait_s=60.0, patience_s=60.0):
-        plain, place = recipe(epochs=4), tmp_path_factory.mktemp(name)
+    def build(name, workers=("a", "b"), wait_s=60.0, patience_s=60.0, **changed):
+        plain, place = recipe(epochs=4, **changed), tmp_path_factory.mktemp(name)
         fields = {f: getattr(plain, f) for f in ("model", "lora", "train", "strategy", "seed")}
         rounds = RoundsConfig(workers=list(workers), every_steps=6)
         waits = {"meeting": str(place / "meeting"), "wait_s": wait_s, "patience_s": patience_s}
@@ -86,8 +87,20 @@ def test_a_worker_that_is_killed_and_run_again_changes_no_byte(pool, shards, wor
     assert facts(again["b"])["rounds_missed"] == []
 
 
+@pytest.mark.slow
+def test_moments_in_8_bits_stay_with_a_worker_that_is_killed(pool, shards, worker):
+    """Rank 64 makes factors wide enough to be held in a byte a value."""
+    came_to = []
+    for name, kill in (("whole", ""), ("again", "b")):
+        config, outs = worker(name, optimizer=Optimizer.adamw_8bit, learning_rate=1e-3, lora={"lora_rank": 64})
+        (codes,) = pool.run(together, 1, config, shards, outs, kill, "round-0002")
+        assert codes == {"a": 0, "b": 0}
+        came_to.append(read(merged(config, outs)[0]))
+    assert came_to[0] == came_to[1]
+
+
 def test_a_round_goes_on_without_a_dead_worker_whose_next_life_joins_the_current_one(pool, shards, worker):
-    config, outs = worker("dead", wait_s=0.5)
+    config, outs = worker("dead", wait_s=2.0)
     (codes,) = pool.run(together, 1, config, shards, outs, "b", "round-0001", True)
     assert codes == {"a": 0}, "the other one went on alone"
     (codes,) = pool.run(together, 1, config, shards, {"b": outs["b"]})
