@@ -66,12 +66,24 @@ class Checkpoints:
         (aside / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         for file in (aside / TENSORS_FILE, aside / STATE_FILE):
             _sync(file)
-        shutil.rmtree(path, ignore_errors=True)
+        before = self.folder / f".{path.name}.before"
+        if path.exists():
+            path.replace(before)
         aside.replace(path)
         _sync(self.folder)
-        for old in self._steps()[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+        self._forget(path)
         return path
+
+    def _forget(self, newest: Path) -> None:
+        """Removes what `newest` makes useless: older checkpoints beyond `keep`, and later ones that no life used.
+
+        Checkpoints of another recipe are neither counted nor touched.
+        """
+        own = [path for path in self._steps() if self._is_own(path)]
+        place = own.index(newest)
+        for path in own[: max(0, place + 1 - self._keep)] + own[place + 1 :]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def usable(self) -> list[Checkpoint]:
         """Returns this recipe's whole checkpoints, newest first; torn and foreign ones are named and passed over."""
@@ -89,6 +101,12 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
+
+    def _is_own(self, path: Path) -> bool:
+        try:
+            return bool(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["recipe"] == self.recipe)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _read(self, path: Path) -> Checkpoint:
         try:

@@ -19,6 +19,7 @@ from qlora_dist.data.rows import Rows
 from qlora_dist.errors import TrainError
 from qlora_dist.model.frozen import frozen_linears
 from qlora_dist.train.batches import IGNORED, tensors
+from qlora_dist.train.budget import Budget
 from qlora_dist.train.certificate import Certificate
 from qlora_dist.train.lanes import Lane
 from qlora_dist.train.loss import LaneModel
@@ -69,8 +70,8 @@ def check_placement(certificate: Certificate, model: LaneModel, strategy: Strate
     )
 
 
-def check_rows(certificate: Certificate, rows: Rows) -> None:
-    """Checks that there is something to learn, the end of a record included."""
+def check_rows(certificate: Certificate, rows: Rows, budget: Budget | None = None) -> None:
+    """Checks that there is something to learn, the end of a record included, and in each step of a `budget`."""
     trained_BT = np.asarray(rows.trained_BT)
     share = float(trained_BT.mean())
     certificate.require(
@@ -79,6 +80,17 @@ def check_rows(certificate: Certificate, rows: Rows) -> None:
         f"{int(trained_BT.sum()):,} of {trained_BT.size:,} slots ({share:.0%})",
         "Check the records' responses and train.row_tokens.",
     )
+    if budget is not None:
+        taught_B = trained_BT.any(1)
+        steps = range(0 if taught_B.all() else budget.num_steps)
+        idle = [step for step in steps if not taught_B[budget.rows_of_step(step)].any()]
+        certificate.require(
+            "each step has targets",
+            not idle,
+            f"{budget.num_steps - len(idle):,} of {budget.num_steps:,} steps"
+            + (f"; none in step {idle[0] + 1}, so its loss would read 0" if idle else ""),
+            "Raise train.tokens_per_step, or check that the records' responses are not cut off.",
+        )
     ends = int((trained_BT & (np.asarray(rows.tokens_BT) == rows.end_id)).sum())
     certificate.require(
         "the end token is trained",

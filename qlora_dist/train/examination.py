@@ -39,7 +39,7 @@ class Examination:
         """Checks rows, dtypes, storage and attention."""
         config, rows = self.training.config, self.training.rows
         device = next(self.model.parameters()).device
-        check_rows(self.certificate, rows)
+        check_rows(self.certificate, rows, self.training.budget)
         check_no_leak(self.certificate, rows, device, self._probe)
         if config.train.method is Method.full:
             return

@@ -43,12 +43,15 @@ class Watch:
         still = [n for n, p in named.items() if torch.equal(p, self._before[n])]
         dead = [n for n, p in named.items() if p.grad is None or not bool(p.grad.any())]
         bad = sorted({*still, *dead})
+        repair = "Gradients don't reach the adapters: use non-reentrant activation checkpointing, freeze no adapter."
+        if not dead:
+            repair = "Their steps are too small for float32 to hold: raise train.learning_rate."
         certificate.require(
             "every tensor learns",
             not bad and bool(named),
             f"{len(named) - len(bad)} of {len(named)} tensors have a gradient and moved"
             + (f"; not {', '.join(bad[:3])}" if bad else ""),
-            "Gradients don't reach the adapters: use non-reentrant activation checkpointing, freeze no adapter.",
+            repair,
         )
 
 

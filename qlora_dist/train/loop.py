@@ -200,7 +200,7 @@ def stop_on_signal(stepper: Stepper) -> Iterator[None]:
     """Turns SIGTERM and SIGUSR2 into the wish to stop after the running step."""
 
     def wish(*_: Any) -> None:
-        stepper.wants_stop = True
+        stepper.asked_to_stop = True
 
     before = {number: signal.signal(number, wish) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:

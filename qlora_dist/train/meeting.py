@@ -85,7 +85,7 @@ class Exchange:
     def _all_stop(self) -> bool:
         """Says whether a rank was asked to stop, or rank 0 makes room; every rank then knows."""
         strategy = self.stepper.strategy
-        wish = torch.tensor([float(self.stepper.wants_stop or (self._leads and self.meeting.makes_room()))])
+        wish = torch.tensor([float(self.stepper.asked_to_stop or (self._leads and self.meeting.makes_room()))])
         wish = wish.to(strategy.device)
         strategy.sum_over_ranks([wish])
         self.stepper.wants_stop = bool(wish.item() > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +13,17 @@ import torch.distributed as dist
 
 from qlora_dist.errors import PeerLost, TrainError
 from qlora_dist.runtime import device, rank, world_size
+
+_LOST = re.compile(r"gloo|nccl|timed? ?out|connection|socket|peer|store|collective|rendezvous|barrier", re.IGNORECASE)
+"""What torch says, in plain RuntimeErrors, where another process is gone; anything else is this one's own fault."""
+
+_groups: dict[str, Any] = {}
+"""The group of gloo in which ranks meet and send objects: NCCL knows neither barriers that name who is missing."""
+
+
+def backends() -> str:
+    """Returns torch's name for what tensors travel by: NCCL between GPUs, gloo between hosts."""
+    return "cuda:nccl,cpu:gloo" if device().type == "cuda" else "gloo"
 
 
 @contextmanager
@@ -29,16 +41,18 @@ def joined(expected: int, timeout_s: float) -> Iterator[None]:
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    backend = "cuda:nccl,cpu:gloo" if device().type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    except dist.DistError as error:
+        dist.init_process_group(backends(), timeout=limit)
+        _groups["host"] = dist.new_group(backend="gloo", timeout=limit)
+    except RuntimeError as error:
         repair = "Look at the log of rank 0's machine, and whether the others reach it."
         raise PeerLost(f"Rank {rank()} did not find the others: {str(error).splitlines()[0]}. {repair}") from error
     try:
         meet("start", timeout_s)
         yield
     finally:
+        _groups.clear()
         dist.destroy_process_group()
 
 
@@ -50,9 +64,8 @@ def meet(where: str, timeout_s: float) -> None:
     """
     if not dist.is_initialized():
         return
-    group = dist.group.WORLD if device().type == "cpu" else None
     try:
-        dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
+        dist.monitored_barrier(_groups["host"], timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as error:
         repair = "Look at those ranks' logs; raise strategy.timeout_s if they are only slow."
         raise PeerLost(f"Rank {rank()} waited {timeout_s:g} s at {where}: {error}. {repair}") from error
@@ -63,7 +76,7 @@ def same_on_all_ranks(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     held = [value]
-    dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(held, src=0, group=_groups["host"], device=torch.device("cpu"))
     return held[0]
 
 
@@ -77,14 +90,20 @@ def note_place(step: int, is_waiting: bool) -> None:
 def naming_who_is_missing(step: int) -> Iterator[None]:
     """Turns a collective that failed into an error that says where every rank was last seen.
 
+    What went wrong on this rank itself is raised as it is, for it is what the user must see.
+
     Raises:
-        TrainError: naming the ranks that are not waiting at this step.
+        PeerLost: naming the ranks that are not waiting at this step.
+        TrainError: if this rank's memory doesn't suffice.
     """
     note_place(step, is_waiting=False)
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        repair = "Lower train.micro_batch_tokens, or set train.activation_checkpointing=on"
+        raise TrainError(f"Step {step + 1}: {str(error).splitlines()[0]} {repair}.") from error
     except RuntimeError as error:
-        if not dist.is_initialized():
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
         note_place(step, is_waiting=True)
         places = {r: _place_of(r) for r in range(world_size())}

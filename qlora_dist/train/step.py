@@ -41,8 +41,10 @@ class Stepper:
     seating: Seating
     strategy: Strategy
     step: int = 0
+    asked_to_stop: bool = False
+    """Set on this rank alone, at any moment: by a signal."""
     wants_stop: bool = False
-    """Set on any rank (by a signal), it is seen by all of them at the end of the step."""
+    """What all ranks agreed on at the end of the step: that one of them was asked to."""
 
     def take(self, steps: Mapping[int, int], turn: int = 0) -> dict[int, StepResult]:
         """Takes step `steps[k]` (0-based, each lane's own) of every lane k that it names; returns each one's result.
@@ -68,6 +70,7 @@ class Stepper:
     def accumulate(self, steps: Mapping[int, int], counts: Mapping[int, int]) -> torch.Tensor:
         """Adds up this rank's gradients over its micro-steps; returns each lane's summed loss on this rank."""
         nll_K = torch.zeros(len(self.lanes), device=self.strategy.device)
+        shares = {k: self._share(count) for k, count in counts.items()}
         for k in counts:
             gradient(self.lanes[k]).zero_()
         num_micro = {k: self._num_micro_steps(k) for k in self.seating.order if k in counts}
@@ -75,16 +78,28 @@ class Stepper:
             nll_B = self.model(**self._seat(steps, micro, [k for k, number in num_micro.items() if micro < number]))
             sizes = [seats.stop - seats.start for seats in self.seating.rows.values()]
             lane_B = torch.tensor([k for k, size in zip(self.seating.rows, sizes, strict=True) for _ in range(size)])
-            share_B = torch.tensor([1 / counts[int(k)] for k in lane_B])
+            share_B = torch.tensor([shares[int(k)] for k in lane_B])
             (nll_B * share_B.to(nll_B.device)).sum().backward()
             nll_K.index_add_(0, lane_B.to(nll_K.device), nll_B.detach())
+        for k, count in counts.items():
+            if (scale := shares[k] * count) != 1:
+                gradient(self.lanes[k]).div_(scale)
         return nll_K
+
+    def _share(self, count: int) -> float:
+        """Returns what each target's loss weighs while gradients flow: its share of the step's `count` of them.
+
+        In float16, whose numbers end at 6e-8, a small share of a small gradient is nothing. There all shares of a
+        lane are multiplied by a power of two, near 1, and the float32 sums are divided by it: no bit is lost.
+        """
+        small = self.model.model.dtype == torch.float16
+        return (2.0 ** math.floor(math.log2(count)) if small else 1) / count
 
     def reduce(self, active: list[int], nll_K: torch.Tensor) -> None:
         """Sums gradients, losses and the wish to stop over all ranks, in one message."""
         note_place(self.step, is_waiting=True)
         grads = [gradient(self.lanes[k]) for k in active]
-        wish = torch.tensor([float(self.wants_stop)], device=self.strategy.device)
+        wish = torch.tensor([float(self.asked_to_stop)], device=self.strategy.device)
         self.strategy.sum_over_ranks([*grads, nll_K, wish])
         self.wants_stop = bool(wish.item() > 0)
 

@@ -82,6 +82,26 @@ def test_wrong_site_settings_are_named_with_the_repair_and_nothing_is_submitted(
     assert said("squeue", "-h", "-r", "-t", "all") == before
 
 
+def test_nodes_that_do_not_answer_are_waited_for_not_refused(slurm: SlurmCluster, workplace: Workplace):
+    """Where no node answers, as after a controller's start, `sbatch --test-only` calls any job impossible."""
+    for node in ("n1", "n2", "n3"):
+        slurm.crash(node)
+    slurm.forget()
+    try:
+        process = workplace.start("name=away", "seed=7", *ON_SLURM, "launcher.slurm.options=[--hold]")
+        ids = workplace.folder / "runs" / "away" / "slurm" / "001" / "ids"
+        wait_for(lambda: process.poll() is not None or (ids.exists() and "close_0" in ids.read_text()))
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=LIMIT_S)
+        assert "3 nodes of partition main are down or don't answer" in output, output
+        assert "The jobs go on" in output
+        assert "were cancelled" in said_by("cancel", str(ids.parent.parent.parent))
+    finally:
+        for node in ("n1", "n2", "n3"):
+            slurm.boot(node)
+        wait_for(lambda: said("sinfo", "-h", "-p", "main", "-o", "%D|%t") == "3|idle\n")
+
+
 def test_no_sbatch_on_path_is_named(slurm: SlurmCluster, workplace: Workplace):
     code, output = workplace.launch("name=wrong", "seed=6", *ON_SLURM, PATH=str(Path(sys.executable).parent))
     assert code == 1

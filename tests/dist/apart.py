@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -62,13 +63,13 @@ def lanes(config, inputs, labels):
     ends = ends_of_rounds({lane.name: lane.budget.num_steps for lane in made}, config.rounds.every_steps)[labels[0]]
     start = {name: value.clone() for name, value in made[0].state().items()}
     momenta = {name: torch.zeros_like(value) for name, value in start.items()}
-    for first, last in zip(ends, ends[1:], strict=False):
+    for first, last in pairwise(ends):
         for step in range(first, last):
             engine.stepper.take(dict.fromkeys(range(len(made)), step))
-        for name in start:
+        for name, shared in start.items():
             values = [lane.state()[name] for lane in made]
             weights = [1 / len(made)] * len(made)
-            start[name], momenta[name] = outer_step(start[name], values, weights, momenta[name], config.rounds.outer)
+            start[name], momenta[name] = outer_step(shared, values, weights, momenta[name], config.rounds.outer)
             for value in values:
                 value.copy_(start[name])
     return start

@@ -1,6 +1,7 @@
 """Killed at any moment and run again, a training ends with the bytes it would have ended with."""
 
 import json
+import os
 import signal
 import time
 
@@ -78,7 +79,9 @@ def test_thirty_four_kills_over_several_world_sizes(pool, nursery, inputs, folde
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "stage", "kills"), [("fsdp", 2, 8), ("deepspeed", 3, 4)])
-def test_kills_of_a_divided_base_over_several_world_sizes(pool, nursery, inputs, folder, recipe, strategy, stage, kills):
+def test_kills_of_a_divided_base_over_several_world_sizes(
+    pool, nursery, inputs, folder, recipe, strategy, stage, kills
+):
     if strategy == "deepspeed":
         pytest.importorskip("deepspeed")
     plain, out = folder("plain"), folder("out")
@@ -103,6 +106,40 @@ def test_request_to_stop_ends_the_step_and_says_75(nursery, inputs, folder, reci
     (codes,) = nursery.run(live, 1, config, inputs, out, 1)
     assert codes == [0]
     assert read(out) == read(whole)
+
+
+@pytest.mark.parametrize("when", ["in the sum", "after it"])
+def test_a_request_to_one_rank_stops_all_of_them_whenever_it_comes(pool, inputs, folder, recipe, when):
+    out = folder("out")
+    said = pool.run(stopped_in_step_3, 2, recipe("ddp", 2, epochs=4), inputs, out, when)
+    assert said == ["Stopped on request after step 4. Run the same command to continue."] * 2
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def stopped_in_step_3(config, inputs, out, when):
+    """Rank 1 gets a signal in its third step: while the ranks add up, or in the optimizer's step."""
+    from qlora_dist.errors import Preempted
+    from qlora_dist.train import step as steps
+    from qlora_dist.train.strategies.ddp import ReplicatedBase
+
+    place, name = (ReplicatedBase, "sum_over_ranks") if when == "in the sum" else (steps, "update")
+    plain, calls = getattr(place, name), []
+
+    def signalled(*args):
+        plain(*args)
+        at_work = name == "update" or len(args[1]) == 3
+        calls.extend([1] if at_work else [])
+        if at_work and len(calls) == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    setattr(place, name, signalled)
+    try:
+        train_adapter(config, inputs, out)
+    except Preempted as stop:
+        return str(stop)
+    finally:
+        setattr(place, name, plain)
+    return "it was not heard"
 
 
 def test_no_rank_leaves_before_the_checkpoint_is_written(pool, inputs, folder, recipe):
@@ -146,7 +183,7 @@ def train_until(config, inputs, out, step):
 
     def take(self, places, number):
         results = plain(self, places, number)
-        self.wants_stop = self.wants_stop or number + 1 == step
+        self.wants_stop = self.asked_to_stop or number + 1 == step
         return results
 
     steps.Stepper.take = take
@@ -206,9 +243,35 @@ def test_rank_that_is_missing_is_named(how, said, recipe, inputs, folder):
         own.run(lose_a_rank, 2, config, inputs, folder("out"), how)
 
 
+@pytest.mark.slow
+def test_a_rank_without_memory_says_so_itself(recipe, inputs, folder):
+    """It isn't a lost neighbour, after which the same command would be run again and again."""
+    wanted = r"(?s)TrainError: Step 3: CUDA out of memory.* Lower train\.micro_batch_tokens"
+    with RankPool() as own, pytest.raises(AssertionError, match=wanted):
+        own.run(lose_a_rank, 2, recipe("ddp", 2), inputs, folder("out"), "full")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_meet_where_tensors_travel_by_another_way(pool, recipe, inputs, folder, strategy):
+    """On GPUs tensors travel by NCCL, which knows no barrier that names who is missing."""
+    facts = pool.run(over_two_ways, 2, recipe(strategy, 2), inputs, folder("out"))
+    assert facts[0]["num_steps"] == 5
+
+
+def over_two_ways(config, inputs, out):
+    from qlora_dist.train import processes
+
+    plain = processes.backends
+    processes.backends = lambda: "cuda:gloo,cpu:gloo"
+    try:
+        return train_adapter(config, inputs, out)
+    finally:
+        processes.backends = plain
+
+
 def lose_a_rank(config, inputs, out, how):
-    """Rank 1 hangs: before the first meeting, or in the third step."""
-    import os
+    """Rank 1 hangs before the first meeting or in the third step, or is out of memory there."""
+    import torch
 
     from qlora_dist.train import processes
     from qlora_dist.train import step as steps
@@ -217,6 +280,8 @@ def lose_a_rank(config, inputs, out, how):
 
     def hang(self, places, counts):
         if places[0] == 2:
+            if how == "full":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             time.sleep(60)
         return plain(self, places, counts)
 

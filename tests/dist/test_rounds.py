@@ -68,7 +68,9 @@ def test_workers_come_to_what_the_pure_step_says(pool, shards, worker):
     assert codes == {"a": 0, "b": 0, "c": 0}
     out, told = merged(config, outs)
     assert [r["round"] for r in told["rounds"]] == [1, 2, 3, 4]
-    assert all(r["absent"] == [] and r["weights"] == pytest.approx(dict.fromkeys(WORKERS, 1 / 3)) for r in told["rounds"])
+    assert all(
+        r["absent"] == [] and r["weights"] == pytest.approx(dict.fromkeys(WORKERS, 1 / 3)) for r in told["rounds"]
+    )
     (wanted,) = pool.run(lanes, 1, config, shards, WORKERS)
     found, alone = (load_file(f / "adapter_model.safetensors") for f in (out, outs["a"]))
     for name, value in wanted.items():
@@ -78,7 +80,9 @@ def test_workers_come_to_what_the_pure_step_says(pool, shards, worker):
     assert [facts(out)["rounds_missed"] for out in outs.values()] == [[], [], []]
 
 
-@pytest.mark.parametrize("after", [pytest.param(a, marks=pytest.mark.slow) for a in ("metrics.jsonl", "handed-in/0001/b")] + ["round-0002"])
+@pytest.mark.parametrize(
+    "after", [pytest.param(a, marks=pytest.mark.slow) for a in ("metrics.jsonl", "handed-in/0001/b")] + ["round-0002"]
+)
 def test_a_worker_that_is_killed_and_run_again_changes_no_byte(pool, shards, worker, unbroken, after):
     config, again = worker("again")
     (codes,) = pool.run(together, 1, config, shards, again, "b", after)

@@ -16,9 +16,13 @@ from qlora_dist.launch.base import Job
 from qlora_dist.launch.slurm.client import ask
 from qlora_dist.launch.slurm.shape import Shape, shape_of
 from qlora_dist.pipeline.plan import Plan
+from qlora_dist.runtime import log
 
 OWN_TO_A_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
 """File systems that no other machine sees."""
+NOT_NOW = "Requested node configuration is not available"
+TAKE_JOBS = ("idle", "mix", "alloc", "comp", "plnd", "resv")
+"""States of nodes, as sinfo shortens them, that take jobs now or once those before are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,7 @@ def lint(plan: Plan, jobs: Sequence[Job], config: LauncherConfig) -> None:
     for tool in ("sbatch", "squeue", "scancel"):
         ask([tool, "--version"], answer_s)
     for shape in {shape_of(job, config) for job in jobs}:
-        check_shape(shape, found, config)
-        _ask_site(shape, config)
+        _ask_site(shape, check_shape(shape, found, config), config)
 
 
 def check_root(plan: Plan, shared: str) -> None:
@@ -102,8 +105,11 @@ def parse_nodes(said: str) -> list[Nodes]:
     return found
 
 
-def check_shape(shape: Shape, found: Sequence[Nodes], config: LauncherConfig) -> None:
+def check_shape(shape: Shape, found: Sequence[Nodes], config: LauncherConfig) -> str:
     """Refuses a partition that isn't there, a time above its limit, GPUs and CPUs that no node of it has.
+
+    Returns:
+        The partition's name.
 
     Raises:
         ConfigError: naming the key and the repair.
@@ -125,6 +131,7 @@ def check_shape(shape: Shape, found: Sequence[Nodes], config: LauncherConfig) ->
         value = f"{seconds:.0f}" if by_stage else config.slurm.time
         raise bad_value(own, value, f"at most {nodes[0].limit}, the limit of partition {name}")
     _check_size(shape, nodes, config, name)
+    return name
 
 
 def _check_size(shape: Shape, nodes: Sequence[Nodes], config: LauncherConfig, name: str) -> None:
@@ -148,8 +155,11 @@ def _check_size(shape: Shape, nodes: Sequence[Nodes], config: LauncherConfig, na
         raise bad_value("launcher.slurm.ranks_per_node", slurm.ranks_per_node, wanted)
 
 
-def _ask_site(shape: Shape, config: LauncherConfig) -> None:
-    """Lets sbatch itself say whether it would take such a job: account, QOS, constraint, memory, options."""
+def _ask_site(shape: Shape, partition: str, config: LauncherConfig) -> None:
+    """Lets sbatch itself say whether it would take such a job: account, QOS, constraint, memory, options.
+
+    A test doesn't see nodes that are down or don't answer, and calls them "not available"; a job would wait for them.
+    """
     slurm, seconds = config.slurm, shape.seconds(config)
     told = {
         "partition": shape.partition(config),
@@ -167,8 +177,26 @@ def _ask_site(shape: Shape, config: LauncherConfig) -> None:
     try:
         ask(["sbatch", "--test-only", *options, *slurm.options, "--wrap=true"], slurm.answer_s)
     except LaunchError as error:
+        if NOT_NOW in str(error) and (absent := nodes_absent(_states(partition, slurm.answer_s))):
+            log.warning(
+                "%d nodes of partition %s are down or don't answer: jobs of stage %s may have to wait for them",
+                absent,
+                partition,
+                shape.stage,
+            )
+            return
         repair = "Look at launcher.slurm.account, qos, constraint, exclude, memory and options."
         raise LaunchError(f"This site would not take jobs of stage {shape.stage}: {error} {repair}") from error
+
+
+def _states(partition: str, answer_s: float) -> str:
+    return ask(["sinfo", "--noheader", f"--partition={partition}", "--format=%D|%t"], answer_s)
+
+
+def nodes_absent(said: str) -> int:
+    """Counts nodes that take no job now, from what sinfo says: `2|idle*`, with a star where a node doesn't answer."""
+    rows = (line.strip().split("|") for line in said.splitlines())
+    return sum(int(number) for number, state in rows if state.endswith("*") or not state.startswith(TAKE_JOBS))
 
 
 def most_tasks(answer_s: float) -> int:

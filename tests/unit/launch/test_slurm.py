@@ -14,7 +14,7 @@ from qlora_dist.launch.base import Job
 from qlora_dist.launch.slurm.arrays import Array, arrange
 from qlora_dist.launch.slurm.client import parse_record, parse_task
 from qlora_dist.launch.slurm.limit import hold_to
-from qlora_dist.launch.slurm.lint import check_shape, parse_nodes
+from qlora_dist.launch.slurm.lint import check_shape, nodes_absent, parse_nodes
 from qlora_dist.launch.slurm.script import sbatch_text, submit_text
 from qlora_dist.launch.slurm.shape import shape_of
 
@@ -220,6 +220,11 @@ def test_what_a_site_does_not_have_is_named(site: dict, said: str):
     config = LauncherConfig(name=LauncherName.slurm, slurm=SlurmConfig(**site))
     with pytest.raises(ConfigError, match=said):
         check_shape(shape_of(job("adapter/a", processes=4), config), SITES, config)
+
+
+def test_nodes_that_take_no_job_now_are_counted():
+    assert nodes_absent("4|idle\n3|mix\n2|alloc\n1|comp\n1|mix-\n") == 0
+    assert nodes_absent("4|idle\n2|idle*\n1|down*\n1|drain\n1|drng\n5|unk*\n1|maint\n") == 11
 
 
 @pytest.mark.parametrize("site", [{"memory": "lots"}, {"time": "noon"}, {"options": ["x"]}, {"container_image": "i"}])

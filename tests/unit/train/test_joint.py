@@ -146,7 +146,7 @@ def stop_after(monkeypatch, turns):
     def take(self, places, number=0):
         results = plain(self, places, number)
         taken.append(places)
-        self.wants_stop = self.wants_stop or len(taken) == turns
+        self.wants_stop = self.asked_to_stop or len(taken) == turns
         return results
 
     monkeypatch.setattr(Stepper, "take", take)

@@ -114,6 +114,7 @@ def read_row(facts):
 IN_BOTH = {
     "tokens are trained",
     "the end token is trained",
+    "each step has targets",
     "no attention between segments",
     "every tensor learns",
     "the loss is finite",

@@ -378,7 +378,7 @@ def other_rows_under_the_same_name_after_a_kill(bench):
 
 def stop_after_a_step(bench):
     engine, course = bench.examine(bench.lane())
-    engine.stepper.wants_stop = True
+    engine.stepper.asked_to_stop = True
     with pytest.raises(Preempted):
         Loop(engine.stepper, [course], 600).run()
 
