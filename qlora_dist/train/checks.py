@@ -120,7 +120,17 @@ Probe = Callable[[dict[str, torch.Tensor]], float]
 
 def probe_of(stepper: Stepper) -> Probe:
     """Returns the engine's own probe: the loop's forward, adapters and dropout out of the way."""
-    return lambda batch: float(_forward(stepper, batch))
+    at_once = sum(lane.train.micro_batch_tokens // lane.train.row_tokens for lane in stepper.lanes)
+
+    def probe(batch: dict[str, torch.Tensor]) -> float:
+        return float(_forward(stepper, twice(batch) if at_once > 1 else batch))
+
+    return probe
+
+
+def twice(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns each row twice: an attention may keep segments apart in a batch of one row, and mix them in others."""
+    return {name: value.repeat(2, 1) for name, value in batch.items()}
 
 
 def check_no_leak(certificate: Certificate, rows: Rows, device: torch.device, probe: Probe) -> None:

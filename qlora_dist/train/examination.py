@@ -17,6 +17,7 @@ from qlora_dist.train.checks import (
     check_rows,
     check_storage,
     check_unchanged,
+    twice,
 )
 from qlora_dist.train.first_steps import Watch, check_read
 from qlora_dist.train.training import Training
@@ -87,6 +88,8 @@ class Examination:
 
     def _probe(self, batch: dict[str, torch.Tensor]) -> float:
         """Returns the summed loss of a batch: factors B are zero before the first step, so it is the base's."""
+        train = self.training.config.train
+        batch = twice(batch) if train.micro_batch_tokens > train.row_tokens else batch
         labels_BT = batch["labels"]
         was_training = self.model.training
         self.model.eval()

@@ -27,17 +27,15 @@ LABELS = ("a", "b", "c")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Three shards of rows, the last one smaller, and held-out rows for two of them."""
+    """Three shards of rows, the last one smaller, and held-out rows for two of them: the other's split is empty."""
     top = tmp_path_factory.mktemp("inputs")
     model = save_tiny_model(top / "model")
     (top / "base").mkdir()
     prepare_base(BaseConfig(model=ModelConfig(path=str(model), compute_dtype=Dtype.float32)), {}, top / "base")
     shared = {"base": top / "base", "tokenizer": model}
     rows = {label: save_rows(top / label, size, seed=size) for label, size in zip(LABELS, (24, 24, 12), strict=True)}
-    held_out = save_rows(top / "validation", 5, seed=1)
-    return {
-        label: shared | {"rows": rows[label]} | ({"validation": held_out} if label != "b" else {}) for label in LABELS
-    }
+    held_out = {label: save_rows(top / f"{label}-validation", 0 if label == "b" else 5, seed=1) for label in LABELS}
+    return {label: shared | {"rows": rows[label], "validation": held_out[label]} for label in LABELS}
 
 
 @pytest.fixture

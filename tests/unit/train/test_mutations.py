@@ -210,7 +210,7 @@ def all_labels_masked(bench):
     open_rows(bench.edited_rows(trained=np.zeros_like), bench.base, 32)
 
 
-@fault(12, "step 1 has no trained token")
+@fault(12, "each step has targets.*none in step 1")
 def one_step_without_a_target(bench):
     def first_rows_masked(trained):
         lane = bench.lane(rows=Rows.open(save_rows(bench.path / "plain", 16)))
@@ -237,6 +237,20 @@ def packed_segments_that_see_each_other(bench):
 
     plain = checks.tensors
     bench.patch.setattr(checks, "tensors", leaking)
+    bench.examine(bench.lane())
+
+
+@fault(16, "no attention between segments")
+def segments_that_see_each_other_in_batches_of_more_than_a_row(bench):
+    """As FlashAttention 2 in transformers has it."""
+
+    def leaking(model, batch):
+        if len(batch["input_ids"]) > 1:
+            batch = batch | {"position_ids": torch.arange(32).repeat(len(batch["input_ids"]), 1)}
+        return plain(model, **batch)
+
+    plain = loss.LaneModel.forward
+    bench.patch.setattr(loss.LaneModel, "forward", lambda model, whole_logits=False, **batch: leaking(model, batch))
     bench.examine(bench.lane())
 
 
