@@ -65,7 +65,7 @@ def calibrated_rule(
 def learn_weights(
     merge: MergeConfig, model: torch.nn.Module, adapters: Sequence[PeftFolder], rows: Sequence[Rows]
 ) -> list[float]:
-    """Returns the weights with the lowest mean loss over all parts' rows, found by Adam from their mean.
+    """Returns the weights with the lowest mean loss over the targets of all parts' rows, found by Adam from their mean.
 
     There is one for each adapter, or with `learned_per=module` one for each adapter of the first module, then of the
     second, and so on.
@@ -73,14 +73,14 @@ def learn_weights(
     parts = read_parts(adapters)
     shape = (len(parts), len(adapters)) if merge.learned_per is LearnedPer.module else (len(adapters),)
     batches = [batch for part in rows for batch in batches_of(part, merge.calibration_rows, merge.seed)]
-    progress = Progress(merge.steps * len(batches), "batch")
+    progress, shares = Progress(merge.steps * len(batches), "batch"), target_shares(batches)
 
     def loss(weights_W: torch.Tensor) -> torch.Tensor:
         value, gradient_W = 0.0, torch.zeros_like(weights_W)
-        for batch in batches:  # one graph at a time: memory is that of one batch
+        for batch, share in zip(batches, shares, strict=True):  # one graph at a time: memory is that of one batch
             progress.update(progress.done + 1)
             with mixture(model, parts, weights_W.view(shape)):
-                one = completion_loss(model, batch) / len(batches)
+                one = completion_loss(model, batch) * share
             gradient_W += torch.autograd.grad(one, weights_W)[0]
             value += float(one.detach())
         return value + ((weights_W - weights_W.detach()) * gradient_W).sum()
@@ -93,17 +93,18 @@ def learn_weights(
 def soup_weights(
     merge: MergeConfig, model: torch.nn.Module, adapters: Sequence[PeftFolder], rows: Sequence[Rows]
 ) -> list[float]:
-    """Returns the weights of a greedy soup by the mean loss over the rows: equal for who is in it, 0 for the others."""
+    """Returns the weights of a greedy soup by the mean loss over the rows' targets: equal for who is in it, 0 for the others."""
     parts = read_parts(adapters)
     batches = [batch for part in rows for batch in batches_of(part, merge.calibration_rows, merge.seed)]
-    labels = [adapter.label for adapter in adapters]
+    labels, shares = [adapter.label for adapter in adapters], target_shares(batches)
 
     def weights_of(chosen: Sequence[str]) -> list[float]:
         return [float(label in chosen) / len(chosen) for label in labels]
 
     def score(chosen: Sequence[str]) -> float:
         with mixture(model, parts, torch.tensor(weights_of(chosen))):
-            return sum(float(completion_loss(model, batch)) for batch in batches) / len(batches)
+            losses = [float(completion_loss(model, batch)) for batch in batches]
+            return sum(loss * share for loss, share in zip(losses, shares, strict=True))
 
     return weights_of(greedy_soup(labels, score))
 
@@ -115,6 +116,12 @@ def completion_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -
     return torch.nn.functional.cross_entropy(
         logits[:, :-1][is_target_BT].float(), batch["input_ids"][:, 1:][is_target_BT]
     )
+
+
+def target_shares(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[float]:
+    """Returns each batch's share of all targets: a short batch's mean loss must not weigh as much as a full one's."""
+    counts = [int(batch["trained"][:, 1:].sum()) for batch in batches]
+    return [count / sum(counts) for count in counts]
 
 
 def batches_of(rows: Rows, num_rows: int, seed: int) -> list[dict[str, torch.Tensor]]:

@@ -92,7 +92,8 @@ def choose(standings: Sequence[Standing], forgetting_at_most: float) -> tuple[st
     allowed = [s for s in standings if s.forgetting <= forgetting_at_most]
     if allowed:
         best = max(allowed, key=lambda s: s.gain)
-        return best.candidate, f"most gain of {len(allowed)} that forget at most {forgetting_at_most:g} bits per byte"
+        reason = f"most gain of {len(allowed)} that forget at most {forgetting_at_most:g} bits per byte"
+        return best.candidate, reason if best.gain > 0 else f"{reason}, and that is none: the base alone does as well"
     best = min(standings, key=lambda s: s.forgetting)
     return best.candidate, f"all forget more than {forgetting_at_most:g} bits per byte; this one the least"
 

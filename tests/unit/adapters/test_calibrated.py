@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from qlora_dist.adapters.calibrated import batches_of, completion_loss
+from qlora_dist.adapters.calibrated import batches_of, completion_loss, target_shares
 from qlora_dist.adapters.command import main
 from qlora_dist.adapters.merge import merge_adapters
 from qlora_dist.adapters.mixture import mixture, read_parts
@@ -126,3 +126,11 @@ def test_what_they_need_is_named_when_it_is_not_there(inputs, tmp_path):
     del inputs["rows-noise"]
     with pytest.raises(ModelError, match=r"method learned needs .*; rows-noise isn't there"):
         merge(inputs, tmp_path / "out", method=MergeMethod.learned)
+
+
+def test_batches_weigh_as_many_targets_as_they_have(inputs):
+    rows = Rows.open(inputs["rows-good"])
+    batches = batches_of(rows, 6, 0)
+    short = {name: value[:1] for name, value in batches[0].items()}
+    first, second = (int(b["trained"][:, 1:].sum()) for b in (batches[0], short))
+    assert target_shares([batches[0], short]) == [first / (first + second), second / (first + second)]

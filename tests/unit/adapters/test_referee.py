@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qlora_dist.adapters.referee import Standing, candidates, judge, pareto_front
+from qlora_dist.adapters.referee import Standing, candidates, choose, judge, pareto_front
 from qlora_dist.config.merge import MergeConfig, MergeMethod
 from qlora_dist.errors import DataError
 
@@ -88,3 +88,11 @@ def test_candidates_are_every_method_at_every_scale():
     assert list(found) == ["svd x1", "svd x1.5", "ties x1", "ties x1.5"]
     assert found["ties x1.5"].scale == 1.5
     assert found["ties x1.5"].rank == 8
+
+
+def test_a_gain_of_nothing_is_told():
+    standings = [Standing(name, gain, 0.0, {}) for name, gain in (("a", -0.2), ("b", -0.1))]
+    assert choose(standings, 0.1) == (
+        "b",
+        "most gain of 2 that forget at most 0.1 bits per byte, and that is none: the base alone does as well",
+    )
