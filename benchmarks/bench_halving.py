@@ -133,7 +133,7 @@ def record(plan: Plan, seed: int) -> Seed:
 
 def halving_of(config: HalvedConfig, num_steps: int, lanes: int = 0) -> Halving:
     tokens = config.trials[0].train.tokens_per_step
-    rungs = rung_tokens(num_steps * tokens, config.eta, config.first_rung_tokens)
+    rungs = rung_tokens(num_steps * tokens, config.eta, config.first_rung_tokens, tokens)
     stops = rung_steps(num_steps, tokens, rungs)
     return Halving([stops] * len(config.trials), config.eta, lanes or len(config.trials))
 

@@ -76,7 +76,8 @@ def _training(config: HalvedConfig, trial: TrialConfig, inputs: Mapping[str, Pat
 def _halving(config: HalvedConfig, trainings: Mapping[str, Training]) -> Halving:
     """Lays the rungs: in tokens of the largest budget, and for each trial in its own steps."""
     sizes = [(t.budget.num_steps, t.config.train.tokens_per_step) for t in trainings.values()]
-    rungs = rung_tokens(max(steps * tokens for steps, tokens in sizes), config.eta, config.first_rung_tokens)
+    num_steps, tokens = max(sizes, key=math.prod)
+    rungs = rung_tokens(num_steps * tokens, config.eta, config.first_rung_tokens, tokens)
     return Halving([rung_steps(*size, rungs) for size in sizes], config.eta, config.lanes or len(sizes))
 
 
@@ -130,7 +131,8 @@ class _Game:
         measured = Measured.of(found.documents, self.base, self.config.domain)
         values = {"validation_bits_per_byte": measured.bits_per_byte, "forgetting": measured.forgetting}
         log_metrics(steps, values, lane=trial.name)
-        return Result(measured.bits_per_byte, measured.forgetting <= self.config.max_forgetting)
+        passes = measured.forgetting <= self.config.max_forgetting
+        return Result(measured.bits_per_byte, passes, measured.forgetting)
 
     def _is_last(self, rung: int) -> bool:
         return rung == self.halving.num_rungs - 1

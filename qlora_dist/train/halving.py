@@ -1,8 +1,9 @@
 """Successive halving over lanes: which trial trains next, and how far. Pure decisions; nothing here trains.
 
 The rule is ASHA's (arXiv 1810.05934, algorithm 2) with rungs in tokens: a trial goes on from a rung when it is among
-the best `1/eta` of those that have reached it; else a free lane takes the next trial. Lanes step together, so what
-is asynchronous there is a matter of counted turns here: the same results always lead to the same decisions.
+the best of those that may, as many as `1/eta` of all that have reached it; else a free lane takes the next trial.
+Lanes step together, so what is asynchronous there is a matter of counted turns here: the same results always lead to
+the same decisions.
 """
 
 from __future__ import annotations
@@ -10,24 +11,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a trial came to at a rung: bits per byte (inf when it was lost), and whether it may go on."""
+    """What a trial came to at a rung: bits per byte (inf when it was lost), what it forgot, whether it may go on."""
 
     value: float
     passes: bool = True
+    forgetting: float = 0.0
+
+    @property
+    def is_eligible(self) -> bool:
+        """Says whether it may go on, and win."""
+        return self.passes and math.isfinite(self.value)
 
 
-def rung_tokens(budget_tokens: int, eta: int, first_tokens: int = 0) -> list[int]:
-    """Returns the tokens at which trials are compared, the whole budget last; by default at 1/eta², 1/eta and 1."""
-    first = first_tokens or max(1, budget_tokens // eta**2)
-    rungs = []
-    while first < budget_tokens:
-        rungs.append(first)
-        first *= eta
-    return [*rungs, budget_tokens]
+def rung_tokens(budget_tokens: int, eta: int, first_tokens: int = 0, tokens_per_step: int = 1) -> list[int]:
+    """Returns the tokens at which trials are compared, the whole budget last; by default at 1/eta², 1/eta and 1.
+
+    Rungs that fall into one step with the next are left out: a trial would be compared there with itself.
+    """
+    told = [-(-budget_tokens // eta**2), -(-budget_tokens // eta)]
+    if first_tokens:
+        told = list(takewhile(lambda tokens: tokens < budget_tokens, (first_tokens * eta**k for k in count())))
+    by_step = {-(-tokens // tokens_per_step): tokens for tokens in reversed(told)}
+    last = -(-budget_tokens // tokens_per_step)
+    return [*sorted(tokens for step, tokens in by_step.items() if step < last), budget_tokens]
 
 
 def rung_steps(num_steps: int, tokens_per_step: int, rungs: Sequence[int]) -> list[int]:
@@ -98,29 +109,37 @@ class Halving:
     def _promotable(self) -> tuple[int, int] | None:
         """Returns who goes on from the highest rung that anyone may go on from."""
         for rung in range(self.num_rungs - 2, -1, -1):
-            ranked = self.best(rung)
-            for trial in ranked[: len(ranked) // self.eta]:
-                if self._may_leave(trial, rung):
+            reached = self.best(rung)
+            eligible = [trial for trial in reached if self.results[trial, rung].is_eligible]
+            for trial in eligible[: len(reached) // self.eta]:
+                if self._reached[trial] == rung:
                     return trial, rung + 1
         return None
-
-    def _may_leave(self, trial: int, rung: int) -> bool:
-        result = self.results[trial, rung]
-        return self._reached[trial] == rung and result.passes and math.isfinite(result.value)
 
     def _next_trial(self) -> tuple[int, int] | None:
         begun = len(self._reached)
         return (begun, 0) if begun < len(self.steps) else None
 
     def _last_resort(self) -> tuple[int, int] | None:
-        """Lets the best of the highest rung go on when otherwise none would reach the end, gate or no gate."""
-        if self.running or self.finishers():
+        """Lets someone go on when otherwise no winner would reach the end.
+
+        First the best that may, of the highest rung where one waits; if there is none, and nobody has come to the
+        end at all, the one that forgot least.
+        """
+        last = self.num_rungs - 1
+        ended = [self.results[trial, last] for trial in self.finishers()]
+        if self.running or any(result.is_eligible for result in ended):
             return None
-        for rung in range(self.num_rungs - 2, -1, -1):
-            ranked = [t for t in self.best(rung) if math.isfinite(self.results[t, rung].value)]
-            ranked.sort(key=lambda trial: not self.results[trial, rung].passes)
-            if ranked:
-                return ranked[0], rung + 1
+        waiting = {(t, r): self.results[t, r] for t, r in self.results if r < last and self._reached[t] == r}
+        if able := [(-rung, result.value, trial) for (trial, rung), result in waiting.items() if result.is_eligible]:
+            higher, _, trial = min(able)
+            return trial, 1 - higher
+        if any(math.isfinite(result.value) for result in ended):
+            return None
+        found = [(-r, result.forgetting, result.value, t) for (t, r), result in waiting.items()]
+        if finite := [row for row in found if math.isfinite(row[2])]:
+            higher, *_, trial = min(finite)
+            return trial, 1 - higher
         return None
 
 

@@ -22,6 +22,21 @@ def test_rungs_are_shares_of_the_budget_or_begin_where_they_are_told():
     assert rung_steps(7, 1500, [1000, 4000, 9000]) == [1, 3, 7]
 
 
+@pytest.mark.parametrize("num_steps", [9, 26, 27, 90, 100, 1000, 1999])
+def test_three_rungs_stand_at_three_steps_whatever_the_budget(num_steps):
+    rungs = rung_tokens(num_steps * 2048, 3, tokens_per_step=2048)
+    steps = rung_steps(num_steps, 2048, rungs)
+    assert steps == [math.ceil(num_steps / 9), math.ceil(num_steps / 3), num_steps]
+    ended = play(halving(27, 27, steps=steps), lambda trial, rung: Result(float(trial)))
+    assert ended.finishers() == [0, 1, 2], "the best three are compared at the end"
+
+
+def test_rungs_within_one_step_are_one():
+    assert rung_steps(2, 10, rung_tokens(20, 3, tokens_per_step=10)) == [1, 2]
+    assert rung_tokens(10, 3, tokens_per_step=10) == [10]
+    assert rung_tokens(1000, 3, 301, tokens_per_step=100) == [301, 1000]
+
+
 def test_with_a_lane_each_it_is_plain_successive_halving():
     ended = play(halving(27, 27), lambda trial, rung: Result(trial * 1.0))
     assert [len(ended.best(rung)) for rung in range(3)] == [27, 9, 3]
@@ -55,8 +70,25 @@ def test_who_forgets_too_much_or_is_lost_does_not_go_on():
         return {0: Result(0.1, passes=False), 1: Result(math.inf)}.get(trial, Result(float(trial)))
 
     ended = play(halving(9, 9), result)
-    assert ended.best(1) == [2, 3], "of the best three one forgets too much"
+    assert ended.best(1) == [2, 3, 4], "one in three goes on, but not those"
     assert ended.finishers() == [2]
+
+
+def test_who_begins_to_forget_makes_room_for_who_does_not():
+    """The leader passes at the first rung alone: it must not be shipped while others wait that may be."""
+
+    def result(trial: int, rung: int) -> Result:
+        return Result(float(trial), passes=trial > 0 or rung == 0, forgetting=0.0 if trial else float(rung))
+
+    ended = play(halving(4, 4), result)
+    assert ended.finishers() == [1]
+    ended = play(halving(3, 3), lambda trial, rung: Result(math.inf if (trial, rung) == (0, 2) else float(trial)))
+    assert ended.finishers() == [0, 1], "the first is lost in its last steps"
+
+
+def test_where_all_forget_too_much_the_one_that_forgets_least_comes_to_the_end():
+    ended = play(halving(4, 4), lambda t, r: Result(float(t), passes=False, forgetting=4.0 - t))
+    assert ended.finishers() == [3]
 
 
 def test_someone_always_reaches_the_end_if_anyone_trains_at_all():
