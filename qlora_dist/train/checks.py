@@ -81,7 +81,7 @@ def check_rows(certificate: Certificate, rows: Rows, budget: Budget | None = Non
         "Check the records' responses and train.row_tokens.",
     )
     if budget is not None:
-        taught_B = trained_BT.any(1)
+        taught_B = np.asarray(trained_BT.any(1))
         steps = range(0 if taught_B.all() else budget.num_steps)
         idle = [step for step in steps if not taught_B[budget.rows_of_step(step)].any()]
         certificate.require(
