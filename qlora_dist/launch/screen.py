@@ -75,28 +75,35 @@ class Screen:
             self._live.update(self._table())
         elif now - self._told > PLAIN_EVERY_S:
             self._told = now
-            for name in self._running():
-                self._say(name, State.running)
+            for names in self._running().values():
+                self._say(names[0], State.running, beside=len(names) - 1)
 
-    def _running(self) -> list[str]:
-        return [name for name, state in self._states.items() if state is State.running]
+    def _running(self) -> dict[Path, list[str]]:
+        """Returns the nodes that run, together those of one job: they have one progress."""
+        jobs: dict[Path, list[str]] = {}
+        for name, state in self._states.items():
+            if state is State.running:
+                jobs.setdefault(self._plan.progress_path(self._plan.node(name)), []).append(name)
+        return jobs
 
-    def _say(self, name: str, state: State) -> None:
+    def _say(self, name: str, state: State, beside: int = 0) -> None:
         ended = sum(s.has_ended for s in self._states.values())
         values = self._values(name) if state is State.running else {}
         detail = " ".join(f"{key} {value}" for key, value in values.items() if value)
         took = f" in {self._seconds[name]:.1f} s" if state in (State.done, State.failed) else ""
-        line = f"[{ended}/{len(self._plan.nodes)}] {state.name} {name}{took} {detail}".rstrip()
+        others = f" and {beside} beside it" if beside else ""
+        line = f"[{ended}/{len(self._plan.nodes)}] {state.name} {name}{others}{took} {detail}".rstrip()
         self._console.print(Text(line, style=STYLES[state]), soft_wrap=True)
 
     def _values(self, name: str) -> dict[str, str]:
         progress = _read(self._plan.progress_path(self._plan.node(name)))
         if not progress:
             return {}
-        loss, speed = progress.get("loss"), progress.get("tokens_per_s")
+        loss, speed, lanes = (progress.get(key) for key in ("loss", "tokens_per_s", "lanes"))
+        of = f" (median of {lanes})" if lanes else ""
         return {
             progress.get("unit", "step"): f"{progress['done']}/{progress['total']}",
-            "loss": f"{loss:.3f}" if loss is not None else "",
+            "loss": f"{loss:.3f}{of}" if loss is not None else "",
             "tokens/s": f"{speed:,.0f}" if speed else "",
             "left": clock(progress.get("left_s", 0)) if progress["done"] else "",
         }
@@ -107,10 +114,10 @@ class Screen:
             table.add_column(column, justify="right" if justify == "right" else "left", no_wrap=True)
         for column in ("loss", "tokens/s", "left"):
             table.add_column(column, justify="right", no_wrap=True)
-        now = time.monotonic()
+        now, first_of = time.monotonic(), {names[0] for names in self._running().values()}
         for node in self._plan.nodes:
             state = self._states.get(node.name, State.waiting)
-            values = list(self._values(node.name).values()) if state is State.running else []
+            values = list(self._values(node.name).values()) if node.name in first_of else []
             took = now - self._started[node.name] if state is State.running else self._seconds.get(node.name, 0.0)
             cells = [clock(took) if took >= 0.5 else "", *(values or ["", "", "", ""])]
             table.add_row(node.name, Text(state.name, style=STYLES[state]), *cells)

@@ -63,10 +63,10 @@ def _standing(plan: Plan, node: Node, task: Task | None, found: Mapping[str, Sta
     if is_finished:
         seconds = plan.store.manifest(node.id).seconds
         return Standing(node.name, "done", time=f"{seconds:.0f} s", log=log)
-    progress = _read(plan.progress_path(node))
-    step = f"{progress['done']}/{progress['total']}" if progress else ""
     took = task.time if task else ""
     state, reason = _state(plan, node, task, found)
+    progress = _read(plan.progress_path(node)) if state != "skipped" else {}  # its job's, which others were made in
+    step = f"{progress['done']}/{progress['total']}" if progress else ""
     return Standing(node.name, state, reason, took, step, log)
 
 
