@@ -93,7 +93,7 @@ def learn_weights(
 def soup_weights(
     merge: MergeConfig, model: torch.nn.Module, adapters: Sequence[PeftFolder], rows: Sequence[Rows]
 ) -> list[float]:
-    """Returns the weights of a greedy soup by the mean loss over the rows' targets: equal for who is in it, 0 for the others."""
+    """Returns the weights of a greedy soup by the mean loss over the rows' targets: equal in it, 0 for the others."""
     parts = read_parts(adapters)
     batches = [batch for part in rows for batch in batches_of(part, merge.calibration_rows, merge.seed)]
     labels, shares = [adapter.label for adapter in adapters], target_shares(batches)
@@ -101,10 +101,15 @@ def soup_weights(
     def weights_of(chosen: Sequence[str]) -> list[float]:
         return [float(label in chosen) / len(chosen) for label in labels]
 
+    progress = Progress((2 * len(labels) - 1) * len(batches), "batch")
+
     def score(chosen: Sequence[str]) -> float:
+        total = 0.0
         with mixture(model, parts, torch.tensor(weights_of(chosen))):
-            losses = [float(completion_loss(model, batch)) for batch in batches]
-            return sum(loss * share for loss, share in zip(losses, shares, strict=True))
+            for batch, share in zip(batches, shares, strict=True):
+                total += float(completion_loss(model, batch)) * share
+                progress.update(progress.done + 1)
+        return total
 
     return weights_of(greedy_soup(labels, score))
 
