@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import glob
-import json
 import re
 import shlex
-import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_dist.adapters.merge import BASE, MERGE_FILE, ROWS, merge_adapters
+from qlora_dist.adapters.folders import find_folders
+from qlora_dist.adapters.merge import BASE, MERGE_FILE, ROWS, merge_folders
 from qlora_dist.config.fields import check
 from qlora_dist.config.merge import CALIBRATED, LearnedPer, MergeConfig, MergeMethod, MergeWeights
 from qlora_dist.config.model import ModelConfig
 from qlora_dist.config.stages import MergedConfig
-from qlora_dist.errors import ConfigError, ModelError, QloraDistError, bad_value, nearest
+from qlora_dist.errors import ConfigError, QloraDistError, bad_value, nearest
 from qlora_dist.runtime import Facts, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PROGRAM = "python -m qlora_dist.adapters.merge"
-ADAPTER_FILE, SUMMARY_FILE = "adapter_config.json", "summary.json"
-CHOSEN_STAGES, TRAINED_STAGES = ("winner", "halved"), ("adapter", "worker")
-"""The stages that leave a shard's adapter: of a swept run the one that was chosen, else the one that was trained."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     arguments = parser().parse_args(with_negative_weights(sys.argv[1:] if argv is None else argv))
     quiet_libraries()
+    from qlora_dist.model.tensorfile import whole
+
     try:
         folders = find_folders(arguments.adapters)
         config = merged_config(arguments, list(folders))
-        with whole_folder(Path(arguments.out)) as aside, told_as_options():
-            facts = merge_adapters(config, folders | calibration(arguments, list(folders)), aside)
+        with whole(Path(arguments.out)) as aside, told_as_options():
+            aside.mkdir()
+            facts = merge_folders(config, folders, calibration(arguments, list(folders)), aside)
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -93,43 +91,6 @@ def told_as_options() -> Iterator[None]:
         raise ConfigError(re.sub(r"\bmerge\.([a-z]+)=", r"--\1=", str(error))) from None
 
 
-def find_folders(arguments: Sequence[str]) -> dict[str, Path]:
-    """Returns the PEFT folders that the arguments name, by label: a run's own, else the folder's name.
-
-    Raises:
-        ModelError: if an argument names no PEFT folder, or one comes twice.
-    """
-    found = [labelled for argument in arguments for labelled in _folders_of(argument)]
-    if twice := [str(path) for path, count in Counter(f.resolve() for _, f in found).items() if count > 1]:
-        raise ModelError(f"{twice[0]} was given twice. Name each adapter once; --weights says how much it counts.")
-    labels = Counter(label for label, _ in found)
-    return {label if labels[label] == 1 else f"{f.resolve().parent.name}/{f.name}": f for label, f in found}
-
-
-def _folders_of(argument: str) -> list[tuple[str, Path]]:
-    path = Path(argument).expanduser()
-    if (path / ADAPTER_FILE).is_file():
-        return [(path.name, path)]
-    if (path / SUMMARY_FILE).is_file():
-        found = _folders_of_run(path)
-    else:
-        pattern = path / "*" if path.is_dir() else path
-        matches = [Path(match) for match in sorted(glob.glob(str(pattern)))]  # noqa: PTH207 - may be absolute
-        found = [(match.name, match) for match in matches if (match / ADAPTER_FILE).is_file()]
-    if not found:
-        wanted = f"a PEFT folder (one that holds {ADAPTER_FILE}), a folder or glob of such, or a run's folder"
-        raise ModelError(f"{argument}: holds no PEFT folder: expected {wanted}.")
-    return found
-
-
-def _folders_of_run(run: Path) -> list[tuple[str, Path]]:
-    """Returns a run's adapters by the labels of their shards: of a sweep those that were chosen."""
-    nodes = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))["nodes"]
-    chosen = [n for n in nodes if n["stage"] in CHOSEN_STAGES]
-    found = chosen or [n for n in nodes if n["stage"] in TRAINED_STAGES]
-    return [(n["label"], Path(n["folder"])) for n in found if "folder" in n]
-
-
 def merged_config(arguments: argparse.Namespace, labels: Sequence[str]) -> MergedConfig:
     """Returns the stage's config as the arguments say it, checked.
 
@@ -179,27 +140,9 @@ def _weights(text: str, labels: Sequence[str]) -> tuple[MergeWeights, dict[str, 
     return MergeWeights.given, dict(zip(labels, numbers, strict=True))
 
 
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `out` that becomes `out` if the block ends well, so that `out` is whole or absent.
-
-    Raises:
-        ModelError: if `out` is there already.
-    """
-    if out.exists():
-        raise ModelError(f"--out={out}: is there already. Choose another name, or remove it.")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) -> None:
     """Prints the parts, how they relate, what was kept, and the command to type next."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{facts['method']} of {len(folders)} adapters, {facts['num_modules']} modules")
@@ -215,7 +158,7 @@ def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) ->
             str(part["trained_tokens"] or "-"),
             f"{part['norm']:.4g}",
         )
-        table.add_row(f"{i + 1} {part['label']}", *numbers, *(f"{c:+.3f}" for c in cosines))
+        table.add_row(escape(f"{i + 1} {part['label']}"), *numbers, *(f"{c:+.3f}" for c in cosines))
     console.print(table)
     console.print(
         f"merged: rank {facts['lora_rank']} of {facts['largest_rank']}, ‖ΔW‖ {facts['norm']:.4g},"
@@ -227,9 +170,20 @@ def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) ->
 
 def show_result(out: Path, console: Console) -> None:
     """Prints where the adapter is, and the command to type next."""
-    from qlora_dist.model.adapter import PROVENANCE_FILE, read_provenance
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    tell(f"written: {out} (a PEFT folder; its parts stand in {MERGE_FILE})")
+    command = ["python", "-m", "qlora_dist.export", str(out), "--base", *_base_of(out), "--to", "hf"]
+    tell(f"next: {shlex.join([*command, '--out', f'{out}-model'])}")
 
-    console.print(f"written: {out} (a PEFT folder; its parts stand in {MERGE_FILE})", highlight=False, soft_wrap=True)
-    known = read_provenance(out).base_path if (out / PROVENANCE_FILE).exists() else "BASE"
-    command = ["python", "-m", "qlora_dist.export", str(out), "--base", known, "--to", "hf", "--out", f"{out}-model"]
-    console.print(f"next: {shlex.join(command)}", highlight=False, soft_wrap=True)
+
+def _base_of(adapter: Path) -> list[str]:
+    """Returns what the adapter says of its base as the export's arguments, `BASE` where it says nothing."""
+    from qlora_dist.model.peft_folder import PeftFolder
+
+    with PeftFolder(adapter) as folder:
+        known, config = folder.provenance, folder.config
+    if known is not None:
+        path, revision = known.base_path, known.base_revision
+    else:
+        path, revision = config.get("base_model_name_or_path") or "BASE", config.get("revision") or ""
+    return [path, *(["--revision", revision] if revision else [])]

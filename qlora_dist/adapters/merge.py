@@ -31,27 +31,40 @@ def merge_adapters(config: MergedConfig, inputs: Mapping[str, Path], out: Path) 
         ModelError: if an adapter can't be merged, or two don't fit together, naming why.
         ConfigError: if the weights can't be worked out.
     """
+    if config.rounds is not None:
+        return merge_rounds(config.rounds, inputs, out)
+    adapters = adapter_inputs(inputs)
+    return merge_folders(config, adapters, {name: p for name, p in inputs.items() if name not in adapters}, out)
+
+
+def merge_folders(config: MergedConfig, folders: Mapping[str, Path], others: Mapping[str, Path], out: Path) -> Facts:
+    """Merges as `merge_adapters` does, with the adapters told apart from the rest, so that any label will do.
+
+    Args:
+        config: the stage's.
+        folders: the adapters by label.
+        others: the base, the rows of each label and finished ranges of modules, by the names of the stage's inputs.
+        out: an empty folder.
+    """
     from qlora_dist.adapters.collect import open_adapters, shares
     from qlora_dist.adapters.describe import describe
     from qlora_dist.adapters.parts import read_merged
     from qlora_dist.adapters.rules import merge_rule
     from qlora_dist.adapters.streaming import merge_in_order, write_modules
 
-    if config.rounds is not None:
-        return merge_rounds(config.rounds, inputs, out)
-    with open_adapters(adapter_inputs(inputs)) as opened:
+    with open_adapters(folders) as opened:
         weights = shares(opened, config.merge.weights, config.shard_weights)
         rule = merge_rule(config.merge, list(weights.values()))
         if config.merge.method in CALIBRATED:
             from qlora_dist.adapters.calibrated import calibrated_rule
 
-            rule, found = calibrated_rule(config, opened, list(weights.values()), inputs)
+            rule, found = calibrated_rule(config, opened, list(weights.values()), others)
             weights = dict(zip(weights, found, strict=True))
         if config.merge.method is MergeMethod.greedy_soup:
             weights = {label: weight for label, weight in weights.items() if weight}
             rule = merge_rule(replace(config.merge, method=_exact(config.merge)), list(weights.values()))
         adapters = [adapter for adapter in opened if adapter.label in weights]
-        parts = [path for name, path in inputs.items() if name.startswith(PART)]
+        parts = [path for name, path in others.items() if name.startswith(PART)]
         merged = read_merged(parts) if parts else merge_in_order(adapters, rule, config.merge.workers)
         modules = write_modules(adapters, merged, out)
         told = {"method": config.merge.method.name, "weights": config.merge.weights.name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from qlora_dist.adapters import methods
 from qlora_dist.adapters.algebra import Core, Stack, compress, concat
 from qlora_dist.config.merge import MergeConfig, MergeMethod
+from qlora_dist.errors import bad_value
 from qlora_dist.model.peft_folder import Factors
 
 
@@ -52,7 +54,12 @@ def merge_rule(
         config: method, bounds and scale.
         weights: of each part.
         by_module: of each part in a module, in place of `weights`.
+
+    Raises:
+        ConfigError: if the scale isn't finite.
     """
+    if not math.isfinite(config.scale):
+        raise bad_value("merge.scale", config.scale, "a finite number")
 
     def rule(module: str, parts: Sequence[Factors]) -> tuple[Factors, ModuleFacts]:
         stack, counts = Stack(parts), list((by_module or {}).get(module, weights))

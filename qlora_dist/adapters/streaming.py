@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+from qlora_dist.adapters.collect import base_copies
 from qlora_dist.adapters.rules import ModuleFacts, Rule
 from qlora_dist.model.peft_folder import Factors, PeftFolder, PeftWriter
 from qlora_dist.model.threads import one_thread_each
@@ -22,7 +23,7 @@ def write_modules(adapters: Sequence[PeftFolder], merged: Merged, out: Path) -> 
     owner = next((a for a in adapters if a.saved_modules), None)
     progress = Progress(len(adapters[0].modules), "module")
     described = {}
-    with PeftWriter(out, adapters[0], owner) as writer:
+    with PeftWriter(out, adapters[0], owner, base_copies(adapters)) as writer:
         for module, (factors, described[module]) in merged:
             writer.add(module, factors)
             progress.update(len(described))

@@ -108,10 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="where the rest goes; must not exist")
     arguments = parser.parse_args(argv)
     quiet_libraries()
-    from qlora_dist.adapters.command import show_result, whole_folder
+    from qlora_dist.adapters.command import show_result
+    from qlora_dist.model.tensorfile import whole
 
     try:
-        with whole_folder(Path(arguments.out)) as aside:
+        with whole(Path(arguments.out)) as aside:
+            aside.mkdir()
             facts = remove_part(Path(arguments.merged), arguments.part, aside)
     except QloraDistError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -119,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console, left = Console(), ", ".join(f"{part['label']} ({part['weight']:.4g})" for part in facts["parts"])
-    console.print(f"left: {left}; without {', '.join(facts['removed'])}", highlight=False, soft_wrap=True)
+    told = f"left: {left}; without {', '.join(facts['removed'])}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
     show_result(Path(arguments.out), console)
     return 0
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.tree import Tree
 
+from qlora_dist.artifacts.fingerprint import KEY_LENGTH
 from qlora_dist.artifacts.store import MANIFEST, Manifest, Store
 from qlora_dist.errors import ArtifactError, QloraDistError
 
 SUMMARY, SHIPPED = "summary.json", ("merged", "chosen")
 """The file that closes a run, and the stages of which one makes what it ships."""
+_NAME_ONE = "Name a run's folder, or one below runs/artifacts/<stage>/."
 SHOWN_FACTS = (
     "num_records",
     "num_rows",
@@ -54,13 +58,30 @@ def ancestry(folder: Path, *, verify: bool = False) -> Tree:
     """
     folder = _shipped_by(folder).resolve()
     if not (folder / MANIFEST).is_file():
-        repair = "Name a run's folder, or one below runs/artifacts/<stage>/."
-        raise ArtifactError(f"{folder} is no finished artifact: it has no {MANIFEST}. {repair}")
-    store = Store(folder.parents[1])
+        raise ArtifactError(f"{folder} is no finished artifact: it has no {MANIFEST}. {_NAME_ONE}")
     artifact_id = f"{folder.parent.name}/{folder.name}"
+    _refuse_foreign(folder, artifact_id)
+    store = Store(folder.parents[1])
     tree = Tree("")
     _grow(tree, store, artifact_id, seen=set(), verify=verify)
     return tree.children[0]
+
+
+def _refuse_foreign(folder: Path, artifact_id: str) -> None:
+    """Refuses a folder that isn't where a store keeps an artifact, whatever its manifest: it may be anybody's.
+
+    Raises:
+        ArtifactError: saying what it is not.
+    """
+    try:
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = "{stage}/{label}-{key}".format_map(told)
+    except (OSError, ValueError, TypeError, KeyError):
+        if not re.fullmatch(rf".+-[0-9a-f]{{{KEY_LENGTH}}}", folder.name):
+            raise ArtifactError(f"{folder} is no artifact: its {MANIFEST} is another program's. {_NAME_ONE}") from None
+        return
+    if found != artifact_id:
+        raise ArtifactError(f"{folder} is in no store: its {MANIFEST} is of {found}. {_NAME_ONE}")
 
 
 def _shipped_by(folder: Path) -> Path:
@@ -68,8 +89,11 @@ def _shipped_by(folder: Path) -> Path:
     run = folder.resolve().parent if folder.name == "adapter" else folder
     if (folder / MANIFEST).is_file() or not (run / SUMMARY).is_file():
         return folder
-    nodes = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["nodes"]
-    return next((Path(n["folder"]) for n in nodes if n["stage"] in SHIPPED and "folder" in n), folder)
+    try:
+        nodes = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["nodes"]
+        return next((Path(n["folder"]) for n in nodes if n["stage"] in SHIPPED and "folder" in n), folder)
+    except (OSError, ValueError, TypeError, KeyError):  # torn, or another program's
+        return folder
 
 
 def _grow(parent: Tree, store: Store, artifact_id: str, *, seen: set[str], verify: bool) -> None:
@@ -85,7 +109,7 @@ def _grow(parent: Tree, store: Store, artifact_id: str, *, seen: set[str], verif
     manifest = store.manifest(artifact_id)
     branch = parent.add(_describe(manifest))
     for name, leaf in manifest.leaves.items():
-        branch.add(f"[dim]{name}: {leaf[:12]}[/dim]")
+        branch.add(f"[dim]{escape(f'{name}: {leaf[:12]}')}[/dim]")
     for parent_id in manifest.inputs.values():
         _grow(branch, store, parent_id, seen=seen, verify=verify)
 
@@ -95,7 +119,7 @@ def _describe(manifest: Manifest) -> str:
     told = manifest.facts | _shares(manifest.facts)
     facts = ", ".join(f"{name} {_short(told[name])}" for name in SHOWN_FACTS if name in told)
     made = f"{manifest.made.get('time', '')} in {manifest.seconds:g} s, {size / 1e6:.1f} MB"
-    return f"[bold]{manifest.id}[/bold] {facts} [dim]{made}[/dim]"
+    return f"[bold]{escape(manifest.id)}[/bold] {escape(facts)} [dim]{escape(made)}[/dim]"
 
 
 def _shares(facts: Mapping[str, Any]) -> dict[str, Any]:

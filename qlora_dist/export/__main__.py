@@ -10,6 +10,8 @@ from qlora_dist.errors import QloraDistError
 from qlora_dist.runtime import quiet_libraries
 
 PROGRAM = "python -m qlora_dist.export"
+OPTIONS = {"model.revision": "--revision", "model.path": "--base", "export.tokenizer_pre": "--tokenizer-pre"}
+"""The keys of a run's config, and what they are called here."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         facts = export(arguments)
     except QloraDistError as error:
-        told = str(error).replace("model.revision=", "--revision=").replace("model.path=", "--base=")
+        told = str(error)
+        for key, option in OPTIONS.items():
+            told = told.replace(f"{key}=", f"{option}=")
         print(f"error: {told}", file=sys.stderr)
         return error.exit_code
     show(facts)
@@ -39,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--base", required=True, help="the base model: a folder, or a hub id with --revision")
     p.add_argument("--revision", default="", metavar="SHA", help="the commit of a hub id")
     p.add_argument("--to", choices=["hf", "gguf", "gguf-lora"], default="hf", help="default %(default)s")
-    p.add_argument("--dtype", choices=["bf16", "f16", "f32", "q8_0"], help="default: that of the base")
+    p.add_argument("--dtype", choices=["bf16", "f16", "f32", "q8_0"], help="default: each weight as in the base")
     p.add_argument("--out", required=True, metavar="PATH", help="a folder (hf) or a file (gguf); must not exist")
     p.add_argument(
         "--base-as",

@@ -6,6 +6,7 @@ Shape letters: T tokens of the probe text, V vocabulary.
 from __future__ import annotations
 
 import gc
+import math
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -16,7 +17,7 @@ import torch
 
 from qlora_dist.errors import ModelError
 from qlora_dist.export.nf4 import linear_weights, nf4_round_trip
-from qlora_dist.model.weights import read_json
+from qlora_dist.model.weights import TOKENIZER_FILES
 
 TOLERANCES = {"f32": 1e-3, "f16": 2e-2, "bf16": 1e-1, "q8_0": 1.5e-1}
 """The largest relative error of the logits that rounding to a dtype explains."""
@@ -43,11 +44,26 @@ class Drift:
     greedy_agreement: float
 
 
-def probe_tokens(folder: Path) -> torch.Tensor:
-    """Returns the probe text as token ids [1, T], by the tokenizer in `folder`."""
+def probe_tokens(folder: Path, vocab_size: int) -> torch.Tensor:
+    """Returns the probe text as token ids [1, T], by the tokenizer in `folder`.
+
+    Raises:
+        ModelError: if there is no tokenizer, or it has tokens that the model hasn't.
+    """
     from transformers import AutoTokenizer
 
-    return torch.tensor([AutoTokenizer.from_pretrained(folder)(PROBE).input_ids[:PROBE_TOKENS]])
+    repair = "Put the base's own there, or set --no-check, which compares no logits."
+    try:
+        tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(PROBE).input_ids[:PROBE_TOKENS]
+    except Exception as error:  # whatever the library of that kind of tokenizer raises
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        is_there = any((folder / name).exists() for name in TOKENIZER_FILES)
+        found = f"its tokenizer can't be read ({first})" if is_there else "has no tokenizer"
+        raise ModelError(f"{folder}: {found}. {repair}") from None
+    if not tokens or max(tokens) >= vocab_size:
+        found = f"gives token {max(tokens)}, the model has {vocab_size}" if tokens else "makes no token of plain text"
+        raise ModelError(f"{folder}: its tokenizer {found}. {repair}")
+    return torch.tensor([tokens])
 
 
 def reference_logits(
@@ -58,7 +74,7 @@ def reference_logits(
 
     model = _load(base)
     if as_nf4:
-        rounded = linear_weights(base, read_json(base / "config.json", "a model folder holds it"))
+        rounded = linear_weights(base)
         for name, values in model.named_parameters():
             if name in rounded:
                 values.data.copy_(nf4_round_trip(values.data))
@@ -69,13 +85,17 @@ def reference_logits(
     return alone, adapted
 
 
-def exported_logits(out: Path, base: Path, tokens_1T: torch.Tensor) -> torch.Tensor:
-    """Returns the logits [T, V] of an exported folder or GGUF file, as transformers reads it, in float32."""
+def exported_logits(out: Path, base: Path, tokens_1T: torch.Tensor, *, is_tied: bool) -> torch.Tensor:
+    """Returns the logits [T, V] of an exported folder or GGUF file, as transformers reads it, in float32.
+
+    `is_tied` says of a GGUF file, which doesn't, whether embedding and head are one weight.
+    """
     if out.is_dir():
         return _logits(_load(out), tokens_1T)
     from transformers import AutoConfig, LlamaConfig
 
     config = AutoConfig.from_pretrained(base)
+    config.tie_word_embeddings = is_tied
     if config.model_type == "mistral":  # llama.cpp, and so transformers' GGUF reader, knows it as a Llama
         config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")})
     with redirect_stderr(StringIO()):  # a progress bar that no setting turns off
@@ -97,16 +117,25 @@ def drift(alone_TV: torch.Tensor, adapted_TV: torch.Tensor, exported_TV: torch.T
 def refuse_drift(found: Drift, dtype: str, out: Path) -> None:
     """Refuses an export whose logits are further from base + adapter than rounding explains.
 
+    Args:
+        found: how far they are.
+        dtype: of the stored weights; several, with '+' between, where the base's differ.
+        out: what is refused.
+
     Raises:
         ModelError: naming the error and the tolerance.
     """
-    tolerance = TOLERANCES[dtype]
-    if not found.error <= tolerance:
-        shown = (
-            f"its logits are {found.error:.2%} from those of base + adapter, {tolerance:.2%} is what {dtype} explains"
-        )
-        repair = "Export with --dtype f32; if that fails too, the adapter isn't of this base."
-        raise ModelError(f"{out}: {shown}. {repair}")
+    tolerance = max(TOLERANCES[one] for one in dtype.split("+"))
+    if found.error <= tolerance:
+        return
+    if not math.isfinite(found.error):
+        repair = "Look for such values in the base's files; if there are none, the adapter is too large for it."
+        raise ModelError(f"{out}: its logits, or those of base + adapter, hold NaN or infinite values. {repair}")
+    shown = f"its logits are {found.error:.2%} from those of base + adapter, {tolerance:.2%} is what {dtype} explains"
+    repair = "Export with --dtype f32; if that fails too, the adapter isn't of this base."
+    if dtype == "f32":
+        repair = "Rounding isn't the reason: the adapter isn't of this base, or is of a kind that PEFT adds otherwise."
+    raise ModelError(f"{out}: {shown}. {repair}")
 
 
 def _load(folder: Path, **options: Any) -> Any:

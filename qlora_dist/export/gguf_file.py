@@ -18,9 +18,9 @@ import torch
 from qlora_dist.errors import ModelError
 from qlora_dist.export.gguf_architecture import add_shape, gguf_arch, gguf_name, permuted, rope_factors, tensor_names
 from qlora_dist.export.gguf_tokenizer import add_tokenizer
-from qlora_dist.export.huggingface import Gain
+from qlora_dist.export.huggingface import Gain, too_large
 from qlora_dist.export.weights import MergedWeights
-from qlora_dist.model.peft_folder import PeftFolder
+from qlora_dist.model.peft_folder import PeftFolder, chat_template
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _BLOCK_VALUES = 2**22
@@ -48,7 +48,8 @@ def write_gguf(weights: MergedWeights, out: Path, dtype: str, pre: str = "") -> 
         add_shape(writer, weights.config)
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        add_tokenizer(writer, weights.base, int(weights.config["vocab_size"]), pre)
+        size = int(weights.config["vocab_size"])
+        add_tokenizer(writer, weights.base, size, pre, chat_template(weights.adapter.path))
         sources: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]] = {}
         if (factors := rope_factors(weights.config)) is not None:
             sources["rope_freqs.weight"] = (tuple(factors.shape), lambda: factors)
@@ -68,7 +69,7 @@ def write_gguf(weights: MergedWeights, out: Path, dtype: str, pre: str = "") -> 
     return gains
 
 
-def write_gguf_lora(adapter: PeftFolder, config: dict[str, Any], out: Path, dtype: str = "f32") -> None:
+def write_gguf_lora(weights: MergedWeights, out: Path, dtype: str = "f32") -> None:
     """Writes the adapter alone as a GGUF LoRA file: A as it is, B with llama.cpp's order of rows, scale folded in.
 
     llama.cpp multiplies by `adapter.lora.alpha` / r, and knows one alpha a file. Ours is set so that the files of
@@ -79,8 +80,9 @@ def write_gguf_lora(adapter: PeftFolder, config: dict[str, Any], out: Path, dtyp
     """
     import gguf
 
-    if adapter.saved_modules:
-        raise ModelError(f"{adapter.path}: brings {adapter.saved_modules[0]} whole; a LoRA file can't. Use --to gguf.")
+    adapter, config = weights.adapter, weights.config
+    if weights.brought:
+        raise ModelError(f"{adapter.path}: brings {weights.brought[0]} whole; a LoRA file can't. Use --to gguf.")
     if any("lora_embedding" in adapter.keys(module)[0] for module in adapter.modules):
         raise ModelError(f"{adapter.path}: adapts an embedding, which llama.cpp's LoRA files can't. Use --to gguf.")
     names = tensor_names(config)
@@ -155,7 +157,7 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     for name, (shape, read) in sources.items():
         values, kind = read().contiguous().numpy(), _kind(shape, dtype)
-        stored = _encode(values, kind)
+        stored = _encode(name, values, kind)
         if seen is not None:
             seen(name, values, stored, kind)
         writer.write_tensor_data(stored)
@@ -189,14 +191,18 @@ def _kind(shape: tuple[int, ...], dtype: str) -> Any:
     return gguf.GGMLQuantizationType[dtype.upper()]
 
 
-def _encode(values: np.ndarray[Any, Any], kind: Any) -> np.ndarray[Any, Any]:
+def _encode(name: str, values: np.ndarray[Any, Any], kind: Any) -> np.ndarray[Any, Any]:
     """Returns the bytes of a tensor, made block by block."""
     import gguf
 
     if kind == gguf.GGMLQuantizationType.F32:
         return values
     if kind == gguf.GGMLQuantizationType.F16:
-        return values.astype(np.float16)
+        with np.errstate(over="ignore"):
+            stored = values.astype(np.float16)
+        if bool((np.isinf(stored) & np.isfinite(values)).any()):
+            raise too_large(name)
+        return stored
     encoded = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), dtype=np.uint8)
     step = max(1, _BLOCK_VALUES // values.shape[-1])
     for first in range(0, values.shape[0], step):

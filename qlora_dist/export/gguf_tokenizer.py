@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.errors import ModelError
+from qlora_dist.errors import ModelError, bad_value, nearest
 from qlora_dist.model.weights import read_json
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -22,9 +22,22 @@ PRE_TOKENIZERS = {
     _TEKKEN: "tekken",
 }
 """The pattern that splits text before byte-level BPE, and llama.cpp's name of it."""
+PRE_TOKENIZER_NAMES = frozenset({
+    "a.x-4.0", "afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell", "cohere2moe",
+    "command-r", "dbrx", "deepseek-coder", "deepseek-llm", "deepseek-r1-qwen", "deepseek-v3", "default", "exaone",
+    "exaone-moe", "exaone4", "f2llmv2", "falcon", "falcon-h1", "falcon3", "gemma4", "gigachat", "glm4", "gpt-2",
+    "gpt-4o", "gpt3-finnish", "granite-docling", "granite-embed-multi-311m", "granite-embed-multi-97m", "grok-2",
+    "hunyuan", "hunyuan-dense", "hy_v4", "jais", "jais-2", "jina-de", "jina-es", "jina-v1-en", "jina-v2-code",
+    "jina-v2-de", "jina-v2-es", "jina-v5-nano", "joyai-llm", "kanana2", "kimi-k2", "kormo", "laguna", "lfm2",
+    "llada-moe", "llama-bpe", "llama-v3", "llama3", "llama4", "megrez", "mellum", "mellum2", "midm-2.0", "minerva-7b",
+    "minicpm5", "minimax-m2", "modern-bert", "mpt", "olmo", "phi-2", "pixtral", "poro-chat", "qwen2", "qwen35",
+    "refact", "roberta-bpe", "sarvam-moe", "seed-coder", "smaug-bpe", "smollm", "solar-open", "spark2_5", "stablelm2",
+    "starcoder", "superbpe", "talkie", "tekken", "tiny_aya", "trillion", "ufakzeka", "viking", "whitespace", "youtu",
+})  # fmt: skip
+"""The names of pre-tokenizers in llama.cpp's llama-vocab.cpp; it refuses a file with any other."""
 
 
-def add_tokenizer(writer: Any, folder: Path, vocab_size: int, pre: str = "") -> None:
+def add_tokenizer(writer: Any, folder: Path, vocab_size: int, pre: str = "", template: str | None = None) -> None:
     """Writes vocabulary, merges, special tokens and chat template into a GGUF file's header.
 
     Args:
@@ -32,13 +45,14 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, pre: str = "") -> 
         folder: of tokenizer.json and tokenizer_config.json.
         vocab_size: the model's; what the tokenizer doesn't fill is marked unused.
         pre: llama.cpp's name of the pre-tokenizer, where it isn't found out.
+        template: the chat template, in place of the folder's.
 
     Raises:
         ModelError: for a tokenizer that llama.cpp has no equal of, with the repair.
     """
     import gguf
 
-    fields, pre = refuse_tokenizer(folder, pre)
+    fields, pre = refuse_tokenizer(folder, pre, vocab_size)
     tokens, types = _tokens(fields, vocab_size)
     if fields["model"].get("byte_fallback"):
         writer.add_tokenizer_model("llama")
@@ -52,22 +66,29 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, pre: str = "") -> 
     writer.add_token_types(types)
     has_merges = not fields["model"].get("byte_fallback")
     special = gguf.SpecialVocab(folder, load_merges=has_merges, n_vocab=vocab_size)
+    special.chat_template = special.chat_template if template is None else template
     special.add_special_token.setdefault("bos", _begins_with_bos(folder))
     special.add_to_gguf(writer, quiet=True)
 
 
-def refuse_tokenizer(folder: Path, pre: str = "") -> tuple[dict[str, Any], str]:
+def refuse_tokenizer(folder: Path, pre: str, vocab_size: int) -> tuple[dict[str, Any], str]:
     """Returns the fields of tokenizer.json and llama.cpp's name of its pre-tokenizer, which `pre` may name.
 
     Raises:
-        ModelError: for a tokenizer that llama.cpp has no equal of, with the repair.
+        ConfigError: for a name that llama.cpp doesn't know.
+        ModelError: for a tokenizer that llama.cpp has no equal of, or that is larger than the model; with the repair.
     """
+    if pre and pre not in PRE_TOKENIZER_NAMES:
+        raise bad_value("export.tokenizer_pre", pre, "a name that llama.cpp knows", nearest(pre, PRE_TOKENIZER_NAMES))
     fields = read_json(folder / "tokenizer.json", "llama.cpp's tokenizer is made from it")
     kind = fields["model"].get("type")
     if kind != "BPE":
         raise ModelError(f"{folder}: a {kind} tokenizer; --to gguf knows BPE. Export with --to hf.")
     if not fields["model"].get("merges"):
         raise ModelError(f"{folder}: its tokenizer has no merges, which llama.cpp asks for. Export with --to hf.")
+    if (last := max(fields["model"]["vocab"].values(), default=0)) >= vocab_size:
+        found = f"its tokenizer has a token {last}, the model {vocab_size} in all"
+        raise ModelError(f"{folder}: {found}. Give the base its own tokenizer.")
     if fields["model"].get("byte_fallback"):
         return fields, "default"
     return fields, pre or pre_tokenizer_name(fields, folder)

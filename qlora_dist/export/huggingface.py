@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from qlora_dist.errors import ModelError
 from qlora_dist.export.weights import BaseRows, MergedWeights
-from qlora_dist.model.peft_folder import Factors
+from qlora_dist.model.peft_folder import Factors, chat_template
 from qlora_dist.model.tensorfile import Entry, TensorFile, lay_out, write_bytes
 from qlora_dist.model.threads import one_thread_each
 from qlora_dist.model.weights import INDEX_FILE, read_json
@@ -73,6 +74,8 @@ def write_model(
         for name, file in weights.files.items():
             writer.write(file, out / name)
     copy_other_files(weights.base, out)
+    if (template := chat_template(weights.adapter.path)) is not None:
+        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
     config = {k: v for k, v in weights.config.items() if k not in ("dtype", "torch_dtype")} if dtype else weights.config
     write_json(out / "config.json", config | ({"dtype": str(dtype).removeprefix("torch.")} if dtype else {}))
     _write_index(weights, out)
@@ -90,9 +93,8 @@ class _ShardWriter:
     gains: dict[str, Gain] = field(default_factory=dict)
 
     def write(self, file: TensorFile, path: Path) -> None:
-        header, entries = lay_out(
-            {name: (self._stored(e.dtype), e.shape) for name, e in file.entries.items()}, file.metadata
-        )
+        shapes = {name: self.weights.entry(name) for name in self.weights.names_in(file)}
+        header, entries = lay_out({n: (self._stored(e.dtype), e.shape) for n, e in shapes.items()}, file.metadata)
         aside = path.with_name(f".{path.name}.partial")
         with aside.open("wb") as target:
             target.write(header)
@@ -111,14 +113,14 @@ class _ShardWriter:
         return self.dtype if self.dtype is not None and found.is_floating_point else found
 
     def _start_tensor(self, file: TensorFile, name: str, entry: Entry, target: int) -> list[Future[Gain]]:
-        was = file.entries[name]
+        was = self.weights.entry(name)
         if not self.weights.is_changed(name) and entry.dtype == was.dtype:
             starts = range(0, was.num_bytes, _COPY_BYTES)
             return [self.pool.submit(_copy_block, file, was, done, target, entry.start) for done in starts]
         rows, update = self.weights.base_rows(name), self.weights.update(name)
-        slot = _Slot(entry, target)
+        slot = _Slot(name, entry, target)
         share = _MEASURED_VALUES / max(1, math.prod(entry.shape))
-        return [self.pool.submit(_write_block, rows, update, slot, block, share) for block in _row_blocks(entry.shape)]
+        return [self.pool.submit(_write_block, rows, update, slot, block, share) for block in _row_blocks(entry)]
 
     def _finish_tensor(self, name: str, jobs: list[Future[Gain]]) -> None:
         gain = sum((job.result() for job in jobs), Gain())
@@ -131,16 +133,24 @@ class _ShardWriter:
 class _Slot:
     """The place of one weight in the file that is being written."""
 
+    name: str
     entry: Entry
     target: int
 
     def write(self, values: torch.Tensor, first_row: int) -> torch.Tensor:
         num_bytes = values.numel() * self.entry.dtype.itemsize
         data = _scratch.take("stored", num_bytes, torch.uint8).view(self.entry.dtype).view(values.shape).copy_(values)
-        num_rows = self.entry.shape[0] if self.entry.shape else 1
-        start = self.entry.start + first_row * (self.entry.num_bytes // max(num_rows, 1))
+        if self.entry.dtype is torch.float16 and bool((data.isinf() & values.isfinite()).any()):
+            raise too_large(self.name)
+        start = self.entry.start + first_row * (self.entry.num_bytes // max(self.entry.num_rows, 1))
         write_bytes(self.target, data.reshape(-1).view(torch.uint8), start)
         return data
+
+
+def too_large(name: str) -> ModelError:
+    """Builds the complaint about a weight that float16 can't hold."""
+    largest = f"{torch.finfo(torch.float16).max:g}"
+    return ModelError(f"{name}: holds values beyond {largest}, the largest of f16. Export as bf16 or f32.")
 
 
 class _Scratch(threading.local):
@@ -164,12 +174,11 @@ def _copy_block(file: TensorFile, entry: Entry, done: int, target: int, start: i
     return Gain()
 
 
-def _row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    num_rows = shape[0] if shape else 1
-    row_values = max(1, torch.Size(shape).numel() // max(num_rows, 1))
+def _row_blocks(entry: Entry) -> Iterator[tuple[int, int]]:
+    row_values = max(1, math.prod(entry.shape) // max(entry.num_rows, 1))
     step = max(1, _BLOCK_VALUES // row_values)
-    for first in range(0, num_rows, step):
-        yield first, min(first + step, num_rows)
+    for first in range(0, entry.num_rows, step):
+        yield first, min(first + step, entry.num_rows)
 
 
 def _write_block(
@@ -177,7 +186,7 @@ def _write_block(
 ) -> Gain:
     """Writes a block of rows of a weight, and returns the gain of the first ones of them."""
     first, last = block
-    size = (last - first) * (slot.entry.num_bytes // slot.entry.dtype.itemsize // slot.entry.shape[0])
+    size = (last - first) * (slot.entry.num_bytes // slot.entry.dtype.itemsize // slot.entry.num_rows)
     raw, values = _scratch.take("raw", 8 * size, torch.uint8), _scratch.take("values", size, torch.float32)
     base = rows.read_into(first, last, raw, values)
     if update is None:
@@ -208,6 +217,7 @@ def _write_index(weights: MergedWeights, out: Path) -> None:
     index = read_json(weights.base / INDEX_FILE, "download the model again")
     sizes = (e.num_bytes for name in weights.files for e in _entries(out / name).values())
     index["metadata"] = index.get("metadata", {}) | {"total_size": sum(sizes)}
+    index["weight_map"] = {n: file for file, held in weights.files.items() for n in weights.names_in(held)}
     write_json(out / INDEX_FILE, index)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from qlora_dist.export.architecture import meta_model
 
-def linear_weights(base: Path, config: Mapping[str, Any]) -> frozenset[str]:
+
+def linear_weights(base: Path) -> frozenset[str]:
     """Returns the names of the weights that loading in 4 bits quantizes: every linear layer's but the head's."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    model = meta_model(base)
     kept = set(get_keys_to_not_convert(model))
     linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     return frozenset(f"{name}.weight" for name in linear if name not in kept)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from qlora_dist.errors import ModelError, bad_value
 from qlora_dist.export import check
 from qlora_dist.export.huggingface import DTYPES, Gain, write_model
-from qlora_dist.export.refusals import refuse_without_gguf
+from qlora_dist.export.refusals import refuse_base, refuse_unused, refuse_without_gguf
 from qlora_dist.export.weights import MergedWeights
 from qlora_dist.model.base import model_folder, no_progress_bars
-from qlora_dist.model.peft_folder import PeftFolder
-from qlora_dist.model.weights import find_weights, folder_digest
+from qlora_dist.model.peft_folder import PeftFolder, chat_template, vocabulary
+from qlora_dist.model.tensorfile import whole
+from qlora_dist.model.weights import find_weights, folder_digest, read_json
 from qlora_dist.runtime import Facts, log, write_json
 
 EXPORT_FILE = "export.json"
 LOW_GAIN = 0.9
 """Below this share of ΔW that survives rounding, the export says how to keep more."""
-_SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def export(arguments: argparse.Namespace) -> Facts:
@@ -33,13 +36,18 @@ def export(arguments: argparse.Namespace) -> Facts:
         ConfigError: for arguments that don't go together.
     """
     base = model_folder(arguments.base, arguments.revision)
+    _refuse_early(arguments, base)
     out = Path(arguments.out)
     with (
         PeftFolder(Path(arguments.adapter)) as adapter,
         MergedWeights(base, adapter, as_nf4=arguments.base_as == "nf4") as weights,
     ):
         check_base(adapter, base)
-        dtype = _dtype(arguments, base)
+        dtype = _dtype(arguments, weights)
+        tokens = None
+        if arguments.to != "gguf-lora":
+            tell_of_tokenizer(adapter, base)
+            tokens = None if arguments.no_check else check.probe_tokens(base, weights.vocab_size)
         facts: Facts = {
             "adapter": str(adapter.path),
             "base": str(base),
@@ -48,14 +56,36 @@ def export(arguments: argparse.Namespace) -> Facts:
             "dtype": dtype,
             "out": str(out),
         }
-        with _aside(out) as partial:
-            gains = _write(arguments, weights, partial, dtype)
+        with whole(out) as aside:
+            gains = _write(arguments, weights, aside, dtype)
             facts |= gain_facts(gains)
-            if not arguments.no_check and arguments.to != "gguf-lora":
-                facts |= _check(arguments, base, adapter, partial, dtype)
+            if tokens is not None:
+                facts |= _check(arguments, weights, aside, dtype, tokens)
             if arguments.to == "hf":
-                write_json(partial / EXPORT_FILE, facts)
+                write_json(aside / EXPORT_FILE, facts)
     return facts
+
+
+def _refuse_early(arguments: argparse.Namespace, base: Path) -> None:
+    """Refuses what the arguments and the base's small files tell, before a weight is read."""
+    if arguments.dtype == "q8_0" and arguments.to != "gguf":
+        raise bad_value("--dtype", "q8_0", f"bf16, f16 or f32 with --to {arguments.to}", "Set --to gguf for 8 bits.")
+    refuse_unused(arguments.to, arguments.tokenizer_pre)
+    if arguments.to != "hf":
+        refuse_without_gguf(arguments.to)
+    config = read_json(base / "config.json", "a model folder holds config.json and *.safetensors")
+    refuse_base(config, base, arguments.to, arguments.tokenizer_pre)
+
+
+def tell_of_tokenizer(adapter: PeftFolder, base: Path) -> None:
+    """Says which of two tokenizers and chat templates is exported, where the adapter has others than the base."""
+    own, theirs = vocabulary(adapter.path), vocabulary(base)
+    if own is not None and theirs is not None and own != theirs:
+        told = "its tokenizer.json numbers tokens otherwise than the base's, which is the one that is exported"
+        log.warning("%s: %s.", adapter.path, told)
+    template = chat_template(adapter.path)
+    if template is not None and template != chat_template(base):
+        log.warning("%s: its chat template is exported, in place of the base's.", adapter.path)
 
 
 def check_base(adapter: PeftFolder, base: Path) -> None:
@@ -76,54 +106,42 @@ def check_base(adapter: PeftFolder, base: Path) -> None:
         raise ModelError(f"{adapter.path}: was trained on {theirs}, not on --base={base} (digest {digest[:12]}).")
 
 
-def _dtype(arguments: argparse.Namespace, base: Path) -> str:
-    if arguments.dtype == "q8_0" and arguments.to != "gguf":
-        raise bad_value("--dtype", "q8_0", f"bf16, f16 or f32 with --to {arguments.to}", "Set --to gguf for 8 bits.")
+def _dtype(arguments: argparse.Namespace, weights: MergedWeights) -> str:
+    """Returns the dtype of what is written; those of the base, most values first, where each weight keeps its own."""
     if arguments.dtype:
         return str(arguments.dtype)
-    return "f32" if arguments.to == "gguf-lora" else _SHORT[find_weights(base).dtype]
+    if arguments.to == "gguf-lora":
+        return "f32"
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in map(weights.entry, weights.names):
+        sizes[entry.dtype] += entry.num_bytes // entry.dtype.itemsize
+    found = [dtype for dtype, _ in sizes.most_common() if dtype.is_floating_point]
+    if unknown := [dtype for dtype in found if dtype not in _SHORT]:
+        shown = f"bf16, f16 or f32: {weights.base} has weights of {str(unknown[0]).removeprefix('torch.')}"
+        raise bad_value("--dtype", "", shown, "Set --dtype f32.")
+    names = [_SHORT[dtype] for dtype in found]
+    return "+".join(names) if arguments.to == "hf" else names[0]
 
 
 def _write(arguments: argparse.Namespace, weights: MergedWeights, out: Path, dtype: str) -> dict[str, Gain]:
     if arguments.to == "hf":
         out.mkdir()
-        return write_model(weights, out, DTYPES[dtype])
-    refuse_without_gguf(arguments.to)
+        return write_model(weights, out, DTYPES[dtype] if arguments.dtype else None)
     from qlora_dist.export.gguf_file import write_gguf, write_gguf_lora
 
     if arguments.to == "gguf":
         return write_gguf(weights, out, dtype, arguments.tokenizer_pre)
-    write_gguf_lora(weights.adapter, weights.config, out, dtype)
+    write_gguf_lora(weights, out, dtype)
     return {}
 
 
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """Yields a path beside `out` that becomes `out` if the block ends well."""
-    if out.exists():
-        raise ModelError(f"--out={out}: is there already. Choose another name, or remove it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    _remove(partial)
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _check(arguments: argparse.Namespace, base: Path, adapter: PeftFolder, out: Path, dtype: str) -> Facts:
+def _check(
+    arguments: argparse.Namespace, weights: MergedWeights, out: Path, dtype: str, tokens_1T: torch.Tensor
+) -> Facts:
     """Returns how far the export is from base + adapter; and if training saw 4 bits, from the other base + adapter."""
     no_progress_bars()
-    tokens_1T, as_nf4 = check.probe_tokens(base), arguments.base_as == "nf4"
-    exported_TV = check.exported_logits(out, base, tokens_1T)
+    base, adapter, as_nf4 = weights.base, weights.adapter, arguments.base_as == "nf4"
+    exported_TV = check.exported_logits(out, base, tokens_1T, is_tied=weights.is_tied)
     found = check.drift(*check.reference_logits(base, adapter.path, tokens_1T, as_nf4), exported_TV)
     check.refuse_drift(found, dtype, Path(arguments.out))
     facts: Facts = {"drift": asdict(found) | {"share": found.error / found.effect if found.effect else 0.0}}
@@ -150,30 +168,30 @@ def show(facts: Facts) -> None:
     """Prints what was written, what survived, how near it is, and the command to type next."""
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"written: {facts['out']} ({facts['to']}, {facts['dtype']}, base {facts['base_as']})")
+    tell = partial(Console(soft_wrap=True, highlight=False).print, markup=False)
+    tell(f"written: {facts['out']} ({facts['to']}, {facts['dtype']}, base {facts['base_as']})")
     if "gain" in facts:
         lowest, values = next(iter(facts["modules"].items()))
-        console.print(
+        tell(
             f"gain: {facts['gain']:.1%} of ΔW survives rounding; lowest {values['gain']:.1%} in {lowest}"
             f" (‖ΔW‖ / ‖W‖ {facts['update_size']:.2g})"
         )
     if "drift" in facts:
         drift = facts["drift"]
-        console.print(
+        tell(
             f"check: logits {drift['error']:.2%} from base + adapter (the base alone: {drift['effect']:.2%}),"
             f" KL {drift['kl']:.2g} nats, same greedy token {drift['greedy_agreement']:.1%}"
         )
     if "other_base" in facts:
         other = facts["other_base"]
-        console.print(
+        tell(
             f"the other base: logits {other['error']:.2%} from --base-as {other['base_as']} + adapter,"
             f" KL {other['kl']:.2g} nats (4-bit training saw nf4)"
         )
     if facts.get("gain", 1.0) < LOW_GAIN or facts.get("drift", {}).get("share", 0.0) > 1 - LOW_GAIN:
         repair = "export with --dtype f32, or ship the adapter unmerged"
-        console.print(f"warning: rounding to {facts['dtype']} eats a part of this adapter: {repair}.")
-    console.print(f"next: {_next(facts)}")
+        tell(f"warning: rounding to {facts['dtype']} eats a part of this adapter: {repair}.")
+    tell(f"next: {_next(facts)}")
 
 
 def _next(facts: Facts) -> str:

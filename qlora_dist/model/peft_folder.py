@@ -27,7 +27,9 @@ CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 _KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<factor>[AB])(?:\.weight)?$",
 )
+_COPY = re.compile(r"^base_model\.model\.(?P<module>.+)\.base_layer\.(?P<what>weight|bias)$")
 _BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_PATTERN = r"(.*\.)?({key})$"  # as PEFT matches the keys of rank_pattern and alpha_pattern
 _OTHER_FUNCTIONS = {
     "use_dora": "DoRA: its magnitudes make ΔW depend on the base, so that B A isn't the update",
     "lora_bias": "a bias on lora_B",
@@ -63,6 +65,9 @@ class Factors:
 class PeftFolder:
     """A LoRA adapter on disk whose modules are read one at a time.
 
+    `saved_modules` are the keys of layers that it brings whole. `base_copies` are keys, by the weight's name in the
+    base, of what PEFT saved beside an adapted embedding or head: the base's own weight, as it was trained on.
+
     Raises:
         ModelError: if the folder holds no LoRA adapter, or one that isn't a plain sum W + s B A; by name.
     """
@@ -71,11 +76,15 @@ class PeftFolder:
         self.path, self.label = path, label or path.name
         self.config = read_json(path / CONFIG_FILE, "a PEFT folder holds adapter_config.json")
         refuse_unmergeable(self.config, path)
+        refuse_unreadable(self.config, path)
         if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():
             repair = "Save it once with `save_pretrained` of a current peft."
             raise ModelError(f"{path}: its weights are a pickle (adapter_model.bin), which runs code. {repair}")
         self.file = TensorFile(path / WEIGHTS_FILE)
-        self._keys, self.saved_modules = self._sort_keys()
+        self._keys, others = self._sort_keys()
+        copies = {key: match for key in others if (match := _COPY.match(key)) and match["module"] in self._keys}
+        self.base_copies = {f"{match['module']}.{match['what']}": key for key, match in copies.items()}
+        self.saved_modules = [key for key in others if key not in copies]
         self.provenance: Provenance | None = read_provenance(path) if (path / PROVENANCE_FILE).exists() else None
 
     @property
@@ -146,6 +155,56 @@ class PeftFolder:
         return {module: (pair["A"], pair["B"]) for module, pair in found.items()}, saved
 
 
+def vocabulary(folder: Path) -> dict[str, Any] | None:
+    """Returns the tokens of a folder's tokenizer.json, equal where two number them alike; None if there is none."""
+    if not (path := folder / "tokenizer.json").is_file():
+        return None
+    fields = read_json(path, "a tokenizer is made from it")
+    added = {token.get("content"): token.get("id") for token in fields.get("added_tokens") or []}
+    return {"vocab": (fields.get("model") or {}).get("vocab"), "added": added}
+
+
+def chat_template(folder: Path) -> str | None:
+    """Returns the chat template in a folder, of its own file or of the tokenizer's; None where there is none."""
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    if not (path := folder / "tokenizer_config.json").is_file():
+        return None
+    told = read_json(path, "it lies beside a tokenizer").get("chat_template")
+    return told if isinstance(told, str) else None
+
+
+def refuse_unreadable(config: Mapping[str, Any], path: Path) -> None:
+    """Refuses a config whose rank, alpha or patterns of them can't be used.
+
+    Raises:
+        ModelError: naming the field, its value and what was wanted.
+    """
+    repair = "Save the adapter again with peft."
+    for field in ("r", "lora_alpha"):
+        values = {field: config.get(field), **_pattern(config, field, path)}
+        for name, value in values.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or (field == "r" and value <= 0):
+                wanted = "a number above 0" if field == "r" else "a number"
+                raise ModelError(f"{path / CONFIG_FILE}: {name}={value}: expected {wanted}. {repair}")
+
+
+def _pattern(config: Mapping[str, Any], field: str, path: Path) -> dict[str, Any]:
+    """Returns the values of `rank_pattern` or `alpha_pattern`, by their names in messages."""
+    name = "rank_pattern" if field == "r" else "alpha_pattern"
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, Mapping):
+        raise ModelError(f"{path / CONFIG_FILE}: {name}={patterns}: expected an object. Save it again with peft.")
+    for key in patterns:
+        try:
+            re.compile(_PATTERN.format(key=key))
+        except re.error as error:
+            wanted = f"regular expressions of module names ({error})"
+            raise ModelError(f"{path / CONFIG_FILE}: {name}: {key}: expected {wanted}. Mend that key.") from None
+    return {f"{name}.{key}": value for key, value in patterns.items()}
+
+
 def refuse_unmergeable(config: Mapping[str, Any], path: Path) -> None:
     """Refuses adapters that aren't W + s B A on an unchanged base.
 
@@ -170,7 +229,7 @@ def refuse_unmergeable(config: Mapping[str, Any], path: Path) -> None:
 
 def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Returns the value of the first pattern that ends `module`, by PEFT's own rule, else `default`."""
-    matches = (v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    matches = (v for key, v in (patterns or {}).items() if re.match(_PATTERN.format(key=key), module))
     return next(matches, default)
 
 
@@ -178,14 +237,23 @@ class PeftWriter:
     """Writes a plain LoRA folder module by module: `lora_alpha` = r, no rsLoRA, so that ΔW is B A as stored.
 
     `template` lends the module names and what else its config says of the base; `owner` is the adapter that brings
-    whole layers, if one does.
+    whole layers, if one does; `copies` are the parts' copies of the base, each with the adapter that has it.
     """
 
-    def __init__(self, out: Path, template: PeftFolder, owner: PeftFolder | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        template: PeftFolder,
+        owner: PeftFolder | None = None,
+        copies: Mapping[str, PeftFolder] | None = None,
+    ) -> None:
         self.out, self._template, self._ranks = out, template, dict.fromkeys(template.modules, 0)
         self._owner = owner or template
+        copies = dict.fromkeys(template.base_copies, template) if copies is None else copies
+        self._whole = dict.fromkeys(self._owner.saved_modules, self._owner)
+        self._whole |= {folder.base_copies[name]: folder for name, folder in copies.items()}
         names = [key for module in template.modules for key in template.keys(module)]
-        self._file = TensorWriter(out / WEIGHTS_FILE, [*names, *self._owner.saved_modules])
+        self._file = TensorWriter(out / WEIGHTS_FILE, [*names, *self._whole])
 
     def add(self, module: str, factors: Factors, dtype: torch.dtype = torch.float32) -> None:
         """Appends one module's factors."""
@@ -194,9 +262,9 @@ class PeftWriter:
         self._ranks[module] = factors.rank
 
     def add_saved(self) -> None:
-        """Appends the whole layers that the owner brings along (`modules_to_save`)."""
-        for key in self._owner.saved_modules:
-            self._file.add(key, self._owner.file.read(key))
+        """Appends the whole layers that the owner brings along (`modules_to_save`), and the copies of the base."""
+        for key, folder in self._whole.items():
+            self._file.add(key, folder.file.read(key))
 
     def __enter__(self) -> PeftWriter:
         self._file.__enter__()
@@ -211,7 +279,8 @@ class PeftWriter:
 
     def _config(self) -> dict[str, Any]:
         rank = Counter(self._ranks.values()).most_common(1)[0][0]
-        other = {module: r for module, r in self._ranks.items() if r != rank}
+        # whole names: PEFT takes the first key that ends a module's name, and one name may end another
+        other = {f"^{re.escape(module)}": r for module, r in self._ranks.items() if r != rank}
         plain = {"r": rank, "lora_alpha": rank, "rank_pattern": other, "alpha_pattern": other}
         rest = {"use_rslora": False, "init_lora_weights": True, "inference_mode": True, "lora_dropout": 0.0}
         saved = {"modules_to_save": self._owner.config.get("modules_to_save")}

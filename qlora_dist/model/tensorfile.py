@@ -9,18 +9,22 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from qlora_dist.errors import ModelError
+from qlora_dist.errors import ModelError, disk_error
 
 DTYPES = {
     "F64": torch.float64,
@@ -49,6 +53,11 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+
+    @property
+    def num_rows(self) -> int:
+        """Returns the size of the first dimension; a single value is one row."""
+        return self.shape[0] if self.shape else 1
 
 
 class TensorFile:
@@ -87,7 +96,7 @@ class TensorFile:
     def read_rows(self, name: str, first: int, last: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """Returns rows `first` to `last` (left out) of a tensor's first dimension, in `buffer` (uint8) if given."""
         entry = self.entries[name]
-        row_bytes = entry.num_bytes // max(entry.shape[0], 1)
+        row_bytes = entry.num_bytes // max(entry.num_rows, 1)
         data = self.read_bytes(entry.start + first * row_bytes, (last - first) * row_bytes, buffer)
         return data.view(entry.dtype).reshape(last - first, *entry.shape[1:])
 
@@ -123,7 +132,11 @@ class TensorFile:
             header: dict[str, Any] = json.loads(bytes(self.read_bytes(8, length).numpy()))
         except ValueError:
             raise ModelError(f"{self.path}: the header is no JSON. Copy the file again.") from None
+        if not isinstance(header, dict):
+            raise ModelError(f"{self.path}: the header is a {type(header).__name__}, no object. Copy the file again.")
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ModelError(f"{self.path}: the header's __metadata__ is no object. Copy the file again.")
         entries = {name: self._entry(name, value, 8 + length) for name, value in header.items()}
         end = max((e.start + e.num_bytes for e in entries.values()), default=8 + length)
         if end > size:
@@ -131,10 +144,53 @@ class TensorFile:
         return 8 + length, metadata, entries
 
     def _entry(self, name: str, value: Mapping[str, Any], offset: int) -> Entry:
-        if value["dtype"] not in DTYPES:
-            raise ModelError(f"{self.path}: {name} has dtype {value['dtype']}, which is not read here.")
-        first, last = value["data_offsets"]
-        return Entry(DTYPES[value["dtype"]], tuple(value["shape"]), offset + first, last - first)
+        try:
+            kind, shape = str(value["dtype"]), tuple(map(int, value["shape"]))
+            first, last = map(int, value["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            wanted = "its dtype, shape and two data_offsets"
+            raise ModelError(f"{self.path}: the header doesn't say of {name} {wanted}. Copy the file again.") from None
+        if kind not in DTYPES:
+            raise ModelError(f"{self.path}: {name} has dtype {kind}, which is not read here.")
+        if first < 0 or last - first != math.prod(shape) * DTYPES[kind].itemsize:
+            raise ModelError(f"{self.path}: {name} has not the bytes of its shape {shape}. Copy the file again.")
+        return Entry(DTYPES[kind], shape, offset + first, last - first)
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """Yields a path that becomes `out`, a file or a folder, if the block ends well: `out` is whole or absent.
+
+    The path is in a new folder beside `out` that no other process knows, so two who write to one `out` don't meet;
+    the later one is refused.
+
+    Raises:
+        ModelError: if `out` is there already, or can't be.
+        ArtifactError: if the disk is full.
+    """
+    try:
+        _refuse_existing(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        repair = "Choose another place."
+        raise ModelError(f"--out={out}: can't be made in {out.parent} ({error.strerror}). {repair}") from None
+    try:
+        yield aside / out.name
+        _refuse_existing(out)
+        (aside / out.name).rename(out)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            _refuse_existing(out)  # another process was quicker
+        known = disk_error(error, out) if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        raise known or error from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ModelError(f"--out={out}: is there already. Choose another name, or remove it.")
 
 
 def write_bytes(target: int, values: torch.Tensor, at: int) -> None:

@@ -6,19 +6,21 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Timer
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from qlora_dist.errors import PeerLost, TrainError
-from qlora_dist.runtime import device, rank, world_size
+from qlora_dist.runtime import device, log, rank, world_size
 
 _LOST = re.compile(r"gloo|nccl|timed? ?out|connection|socket|peer|store|collective|rendezvous|barrier", re.IGNORECASE)
 """What torch says, in plain RuntimeErrors, where another process is gone; anything else is this one's own fault."""
 
 _groups: dict[str, Any] = {}
-"""The group of gloo in which ranks meet and send objects: NCCL knows neither barriers that name who is missing."""
+"""`host`, the group of gloo in which ranks meet and send objects, since NCCL's barriers name nobody who is missing;
+and `limit_s`, how long they wait for each other."""
 
 
 def backends() -> str:
@@ -44,7 +46,7 @@ def joined(expected: int, timeout_s: float) -> Iterator[None]:
     limit = timedelta(seconds=timeout_s)
     try:
         dist.init_process_group(backends(), timeout=limit)
-        _groups["host"] = dist.new_group(backend="gloo", timeout=limit)
+        _groups.update(host=dist.new_group(backend="gloo", timeout=limit), limit_s=timeout_s)
     except RuntimeError as error:
         repair = "Look at the log of rank 0's machine, and whether the others reach it."
         raise PeerLost(f"Rank {rank()} did not find the others: {str(error).splitlines()[0]}. {repair}") from error
@@ -90,13 +92,18 @@ def note_place(step: int, is_waiting: bool) -> None:
 def naming_who_is_missing(step: int) -> Iterator[None]:
     """Turns a collective that failed into an error that says where every rank was last seen.
 
-    What went wrong on this rank itself is raised as it is, for it is what the user must see.
+    What went wrong on this rank itself is raised as it is, for it is what the user must see. Shortly before the limit
+    it is told in the log: where NCCL waits, torch ends the process at the limit, and nothing can be raised.
 
     Raises:
         PeerLost: naming the ranks that are not waiting at this step.
         TrainError: if this rank's memory doesn't suffice.
     """
     note_place(step, is_waiting=False)
+    teller = Timer(0.9 * _groups.get("limit_s", 0.0), _tell_places, [step])
+    teller.daemon = True
+    if dist.is_initialized():
+        teller.start()
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -106,13 +113,23 @@ def naming_who_is_missing(step: int) -> Iterator[None]:
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
         note_place(step, is_waiting=True)
-        places = {r: _place_of(r) for r in range(world_size())}
-        missing = [r for r, place in places.items() if place != f"{step} waiting"]
-        seen = ", ".join(f"rank {r} {place}" for r, place in places.items())
         reason = str(error).splitlines()[0]
         repair = "Look at the log of the first one that failed. Run the same command to continue from the checkpoint."
-        who = f"waiting for rank {', '.join(map(str, missing))}" if missing else "waiting for each other"
-        raise PeerLost(f"Step {step + 1}: {who} ({seen}; {reason}). {repair}") from error
+        raise PeerLost(f"Step {step + 1}: {_who_is_missing(step)}; {reason}. {repair}") from error
+    finally:
+        teller.cancel()
+
+
+def _tell_places(step: int) -> None:
+    log.warning("Step %d has taken %.0f s: %s", step + 1, 0.9 * _groups.get("limit_s", 0.0), _who_is_missing(step))
+
+
+def _who_is_missing(step: int) -> str:
+    places = {r: _place_of(r) for r in range(world_size())}
+    missing = [r for r, place in places.items() if place != f"{step} waiting"]
+    seen = ", ".join(f"rank {r} {place}" for r, place in places.items())
+    who = f"rank {', '.join(map(str, missing))}" if missing else "each other"
+    return f"waiting for {who} ({seen})"
 
 
 def _place_of(other: int) -> str:

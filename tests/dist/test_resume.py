@@ -1,6 +1,7 @@
 """Killed at any moment and run again, a training ends with the bytes it would have ended with."""
 
 import json
+import logging
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from qlora_dist.config.train import Optimizer
+from qlora_dist.runtime import log
 from qlora_dist.testing import RankPool
 from qlora_dist.train import train_adapter
 from tests.dist.drill import digest, drill, live
@@ -236,11 +238,14 @@ def test_moments_in_8_bits_continue_on_every_rank(pool, inputs, folder, recipe, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "said"), [("absent", "waited 4 s at start.*1"), ("hangs", "waiting for rank 1")])
-def test_rank_that_is_missing_is_named(how, said, recipe, inputs, folder):
+def test_rank_that_is_missing_is_named(how, said, recipe, inputs, folder, tmp_path):
     config = recipe("ddp", 2)
     config.strategy.timeout_s = 4
     with RankPool() as own, pytest.raises(AssertionError, match=f"(?s)PeerLost: .*{said}"):
         own.run(lose_a_rank, 2, config, inputs, folder("out"), how)
+    if how == "hangs":
+        told = "Step 3 has taken 4 s: waiting for rank 1 (rank 0 2 waiting, rank 1 2 computing)"
+        assert told in (tmp_path / "out" / "rank0.log").read_text()
 
 
 @pytest.mark.slow
@@ -290,4 +295,5 @@ def lose_a_rank(config, inputs, out, how):
             processes.meet = lambda *_: time.sleep(60)
         else:
             steps.Stepper.accumulate = hang
+    log.addHandler(logging.FileHandler(out / f"rank{os.environ['RANK']}.log"))
     train_adapter(config, inputs, out)

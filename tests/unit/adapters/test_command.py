@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_dist.adapters.command import main
+from qlora_dist.adapters.unmerge import main as unmerge_main
 from qlora_dist.model.adapter import read_provenance, write_provenance
 
 from .conftest import dense, provenance
@@ -96,6 +97,9 @@ def test_inverse_loss_reads_what_each_adapter_says_of_itself(three, tmp_path):
         (["--method", "regmean"], "or set merge.method in a run"),
         (["--method", "greedy_soup", "--base", "b"], "--base and --rows with it"),
         (["--method", "learned", "--learned-per", "layer", "--base", "b", "--rows", "r"], "expected adapter or module"),
+        (["--weights", "nan,1,1"], "--weights=nan: expected finite numbers; a has nan"),
+        (["--weights", "1,1,1e400"], "--weights=inf: expected finite numbers; c has inf"),
+        (["--weights", "uniform", "--scale", "inf"], "--scale=inf: expected a finite number"),
         (["--density", "0"], "--density=0.0: expected a number above 0"),
         (["a_folder_that_is_not"], "holds no PEFT folder"),
     ],
@@ -107,6 +111,22 @@ def test_a_mistake_is_one_line_that_names_the_repair(three, tmp_path, capsys, ar
     assert printed.count("\n") == 1
     assert message in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_is_no_weight(three, tmp_path, capsys):
+    for name, loss in (("a", 1.0), ("b", float("nan")), ("c", 4.0)):
+        write_provenance(tmp_path / name, replace(read_provenance(tmp_path / name), validation_loss=loss))
+    assert main([*three, "--weights", "inverse_loss", "--out", str(tmp_path / "out")]) == 2
+    assert "with what validation_loss they were trained; b " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "/proc/out"])
+def test_a_place_where_nothing_can_be_made_is_one_line(three, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("mine")
+    assert main([*three, "--out", str(tmp_path / place)]) == 1
+    assert "out: can't be made in" in capsys.readouterr().err
+    assert unmerge_main([str(tmp_path / "a"), "--part", "a", "--out", str(tmp_path / place)]) == 1
+    assert "out: can't be made in" in capsys.readouterr().err
 
 
 def test_an_existing_result_is_not_touched(three, tmp_path, capsys):

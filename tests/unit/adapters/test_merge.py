@@ -183,6 +183,33 @@ def test_an_adapter_that_does_not_fit_is_refused_with_the_difference(make_adapte
         merge_adapters(MergedConfig(), folders, tmp_path)
 
 
+def test_adapters_beside_which_other_tokenizers_lie_are_refused(make_adapter, tmp_path):
+    folders = {n: make_adapter(n, seed=i, known=provenance()) for i, n in enumerate("ab")}
+    fields = {"model": {"type": "BPE", "vocab": {"x": 0, "y": 1}}, "added_tokens": [{"id": 2, "content": "<s>"}]}
+    (folders["a"] / "tokenizer.json").write_text(json.dumps(fields))
+    (folders["b"] / "tokenizer.json").write_text(json.dumps(fields | {"version": "1.0"}, indent=1))
+    (tmp_path / "out").mkdir()
+    merge_adapters(MergedConfig(), folders, tmp_path / "out")
+    (folders["b"] / "tokenizer.json").write_text(json.dumps(fields | {"added_tokens": []}))
+    with pytest.raises(ModelError, match=r"a and b can't be merged: another tokenizer: .*a/tokenizer\.json"):
+        merge_adapters(MergedConfig(), folders, tmp_path / "out")
+
+
+def test_a_slash_at_the_end_makes_no_other_base(make_adapter, tmp_path):
+    folders = {"a": make_adapter("a"), "b": make_adapter("b", base_model_name_or_path="/models/base/")}
+    config = MergedConfig(merge=MergeConfig(weights=MergeWeights.uniform))
+    (tmp_path / "out").mkdir()
+    merge_adapters(config, folders, tmp_path / "out")
+
+
+def test_an_adapter_that_names_no_base_is_announced(make_adapter, tmp_path, caplog):
+    folders = {"a": make_adapter("a"), "b": make_adapter("b", base_model_name_or_path=None)}
+    config = MergedConfig(merge=MergeConfig(weights=MergeWeights.uniform))
+    (tmp_path / "out").mkdir()
+    merge_adapters(config, folders, tmp_path / "out")
+    assert "b: no base_model_name_or_path" in caplog.text
+
+
 def test_foreign_adapters_of_another_base_are_refused_by_its_name(make_adapter, tmp_path):
     folders = {"a": make_adapter("a"), "b": make_adapter("b", base_model_name_or_path="/models/other")}
     found = r"another base_model_name_or_path: a has /models/base, b has /models/other .*write the same"
@@ -207,6 +234,11 @@ def test_foreign_adapters_of_another_base_are_refused_by_its_name(make_adapter, 
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "expert weights"),
         ({"peft_type": "IA3"}, "expected LORA"),
         ({"r": 5}, "The two files are not of one adapter"),
+        ({"r": None}, "r=None: expected a number above 0"),
+        ({"lora_alpha": None}, "lora_alpha=None: expected a number"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern.q_proj=x: expected a number"),
+        ({"rank_pattern": {"[q": 4}}, r"rank_pattern: \[q: expected regular expressions"),
+        ({"rank_pattern": [4]}, "rank_pattern=.* expected an object"),
     ],
 )
 def test_what_is_no_plain_sum_is_refused_by_name(make_adapter, tmp_path, config, message):
@@ -223,10 +255,34 @@ def test_a_tensor_of_an_unknown_kind_of_lora_is_refused_by_its_name(make_adapter
 
 
 def test_whole_layers_of_two_adapters_are_refused(make_adapter, tmp_path):
-    head = {"base_model.model.lm_head.weight": torch.zeros(2, 3)}
-    folders = {n: make_adapter(n, extra=head, known=provenance()) for n in ("a", "b")}
+    head = "base_model.model.lm_head.weight"
+    folders = {n: make_adapter(n, extra={head: torch.full((2, 3), i)}, known=provenance()) for i, n in enumerate("ab")}
     with pytest.raises(ModelError, match="a, b each bring whole layers"):
         merge_adapters(MergedConfig(), folders, tmp_path)
+
+
+def test_equal_whole_layers_of_two_adapters_are_one(make_adapter, tmp_path):
+    head = {"base_model.model.lm_head.weight": torch.arange(6.0).reshape(2, 3)}
+    folders = {n: make_adapter(n, extra=head, known=provenance()) for n in ("a", "b")}
+    (tmp_path / "out").mkdir()
+    merge_adapters(MergedConfig(), folders, tmp_path / "out")
+    with PeftFolder(tmp_path / "out") as merged:
+        assert torch.equal(merged.file.read(merged.saved_modules[0]), head["base_model.model.lm_head.weight"])
+
+
+def test_copies_of_the_base_are_carried_along_and_must_be_of_one_base(make_adapter, tmp_path):
+    key = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    copy = torch.arange(120.0).reshape(12, 10) / 7
+    told = {"a": {}, "b": {key: copy}, "c": {key: copy.bfloat16()}, "d": {key: copy + 1}}
+    folders = {n: make_adapter(n, extra=extra, known=provenance()) for n, extra in told.items()}
+    (tmp_path / "out").mkdir()
+    merge_adapters(MergedConfig(), {n: folders[n] for n in "abc"}, tmp_path / "out")
+    with PeftFolder(tmp_path / "out") as merged:
+        assert merged.saved_modules == []
+        assert list(merged.base_copies) == ["model.layers.0.self_attn.q_proj.weight"]
+        assert torch.equal(merged.file.read(key), copy)
+    with pytest.raises(ModelError, match="b and d can't be merged: another base: the copies of model"):
+        merge_adapters(MergedConfig(), {n: folders[n] for n in "bd"}, tmp_path)
 
 
 def test_token_weights_of_a_foreign_adapter_are_refused_with_the_repair(make_adapter, tmp_path):

@@ -156,6 +156,34 @@ def test_patterns_are_read_as_peft_reads_them(tmp_path):
     assert error(ours(folders, [0.75, 0.25], tmp_path / "out"), wanted_of(model, [0.75, 0.25])) < 1e-6
 
 
+class Nested(torch.nn.Module):
+    """A base in which one layer's name ends another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(WIDTH, WIDTH)
+        self.block = TwoLayers()
+
+
+def test_peft_reads_the_ranks_of_layers_whose_names_end_other_names(tmp_path):
+    torch.manual_seed(0)
+    told = {"r": 8, "target_modules": ["first", "second"], "rank_pattern": {"^first": 2}}
+    model = peft.get_peft_model(Nested(), peft.LoraConfig(**told))
+    for values in (v for name, v in model.named_parameters() if "lora_B" in name):
+        values.data.normal_(std=0.1)
+    model.save_pretrained(str(tmp_path / "a"))
+    (tmp_path / "out").mkdir()
+    merge_adapters(
+        MergedConfig(merge=MergeConfig(weights=MergeWeights.uniform)), {"a": tmp_path / "a"}, tmp_path / "out"
+    )
+    loaded = peft.PeftModel.from_pretrained(Nested(), str(tmp_path / "out"))
+    for name in ("first", "block.first", "block.second"):
+        found, wanted = (m.base_model.model.get_submodule(name).get_delta_weight("default") for m in (loaded, model))
+        assert torch.allclose(found, wanted, atol=1e-6)
+    with PeftFolder(tmp_path / "out") as merged:
+        assert [merged.scale(module) for module in merged.modules] == [1.0] * 3
+
+
 def test_a_cut_equals_pefts_svd(tmp_path):
     weights = [0.6, 0.4]
     model, folders = peft_model(2, tmp_path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_dist.errors import ModelError
-from qlora_dist.model.tensorfile import TensorFile, TensorWriter, lay_out
+from qlora_dist.model.tensorfile import TensorFile, TensorWriter, lay_out, whole
 
 TENSORS = {
     "float": torch.randn(3, 5),
@@ -38,6 +39,7 @@ def test_what_the_library_writes_is_read_whole_and_by_rows(tmp_path):
         assert file.metadata == {"format": "pt"}
         assert all(torch.equal(file.read(name), values) for name, values in TENSORS.items())
         assert torch.equal(file.read_rows("bfloat", 1, 3), TENSORS["bfloat"][1:3])
+        assert torch.equal(file.read_rows("scalar", 0, 1), TENSORS["scalar"][None])
 
 
 def test_a_laid_out_header_is_one_the_library_reads(tmp_path):
@@ -65,12 +67,42 @@ def test_bytes_are_copied_between_files(tmp_path):
     assert (tmp_path / "b").read_bytes()[5:] == bytes(TENSORS["whole"].new_tensor(range(1000)).numpy().data)
 
 
+def headed(fields: object) -> bytes:
+    header = json.dumps(fields).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+def test_two_who_write_to_one_place_do_not_meet(tmp_path):
+    out, mine = tmp_path / "out", tmp_path / ".out.partial"
+    mine.mkdir()
+    (mine / "file").write_text("the user's")
+    with whole(out) as first:
+        first.mkdir()
+        (first / "file").write_text("first")
+        with pytest.raises(ModelError, match="is there already"), whole(out) as second:
+            second.mkdir()
+            (first / "more").write_text("first")
+            first.rename(out)
+        shutil.copytree(out, first)
+        shutil.rmtree(out)
+    assert sorted(p.name for p in out.iterdir()) == ["file", "more"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "out"]
+    assert (mine / "file").read_text() == "the user's"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "no safetensors file"),
         (b"\x10\0\0\0\0\0\0\0not json at all!", "the header is no JSON"),
         ((2**40).to_bytes(8, "little") + b"{}", "no safetensors file"),
+        (headed([1]), "the header is a list, no object"),
+        (headed({"__metadata__": [1]}), "__metadata__ is no object"),
+        (headed({"a": {"dtype": "F32"}}), "doesn't say of a its dtype, shape and two data_offsets"),
+        (headed({"a": 1}), "doesn't say of a its dtype"),
+        (headed({"a": {"dtype": "U8", "shape": [2], "data_offsets": [1]}}), "doesn't say of a its dtype"),
+        (headed({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}) + b"1234", "not the bytes of its shape"),
+        (headed({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}), "not the bytes of its shape"),
     ],
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path, content, message):

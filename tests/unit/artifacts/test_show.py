@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,36 @@ def test_a_run_stands_for_what_it_ships(merged: Path, tmp_path: Path, capsys):
     for folder in ("run", "run/adapter"):
         assert main([str(tmp_path / folder)]) == 0
         assert capsys.readouterr().out.startswith("merged/all-abc weights tokens")
+
+
+@pytest.mark.parametrize("text", ['{"name": "my site"}', "[1]", '{"name"'])
+def test_somebody_elses_manifest_is_no_damaged_artifact(tmp_path: Path, capsys, text: str):
+    (tmp_path / "web" / "app").mkdir(parents=True)
+    (tmp_path / "web" / "app" / "manifest.json").write_text(text)
+    assert main([str(tmp_path / "web" / "app")]) == 1
+    told = capsys.readouterr().err
+    assert "is no artifact: its manifest.json is another program's" in told
+    assert "Delete" not in told
+
+
+def test_an_artifact_out_of_its_store_is_told_so(merged: Path, tmp_path: Path, capsys):
+    shutil.copytree(merged, tmp_path / "elsewhere")
+    assert main([str(tmp_path / "elsewhere")]) == 1
+    told = capsys.readouterr().err
+    assert "is in no store: its manifest.json is of merged/all-abc" in told
+    assert "Delete" not in told
+
+
+def test_a_torn_manifest_of_an_artifact_is_told_as_damage(merged: Path, capsys):
+    torn = merged.with_name("all-0123456789ab")
+    shutil.copytree(merged, torn)
+    (torn / "manifest.json").write_text('{"stage"')
+    assert main([str(torn)]) == 1
+    assert "is damaged: manifest.json can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"x": 1}', '{"nodes": [1]}', '{"nodes"', "[]"])
+def test_a_summary_that_is_no_runs_is_one_line(tmp_path: Path, capsys, text: str):
+    (tmp_path / "summary.json").write_text(text)
+    assert main([str(tmp_path)]) == 1
+    assert "is no finished artifact" in capsys.readouterr().err

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-MODELS = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+MODELS = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "gemma": "GemmaConfig",
+    "gpt2": "GPT2Config",
+}
 TEXT = (
     "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
     "documentation files, to deal in the Software without restriction, including the rights to use, copy, modify.\n"
@@ -96,8 +103,8 @@ def save_model(
     return folder
 
 
-def save_adapter(folder: Path, base: Path, std: float = 0.05, **fields: object) -> Path:
-    """Saves a random adapter of all linear layers whose size is set by `std`."""
+def save_adapter(folder: Path, base: Path, std: float = 0.05, with_copies: bool = False, **fields: object) -> Path:
+    """Saves a random adapter of all linear layers whose size is set by `std`; `with_copies` as PEFT does by itself."""
     import peft
     import torch
     import transformers
@@ -111,7 +118,7 @@ def save_adapter(folder: Path, base: Path, std: float = 0.05, **fields: object) 
             values.data.normal_(std=std)
         elif "modules_to_save" in name:
             values.data.add_(0.1)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers="auto" if with_copies else False)
     return folder
 
 
