@@ -23,6 +23,17 @@ MAX_TOLD_AT_ONCE = 8
 
 ONE_SIDED = [[0.0, "#eaf2f8"], [1.0, "#08519c"]]
 
+CROSS = "✗"
+"""Stands in the cell of a trial that was refused."""
+
+MARKS = {
+    "forgets little enough": {"symbol": "circle", "color": COLORS[0]},
+    "forgets too much": {"symbol": "x", "color": COLORS[6]},
+    "chosen": {"symbol": "diamond", "color": COLORS[5]},
+    "chosen, though it forgets too much": {"symbol": "diamond-x", "color": COLORS[5]},
+}
+"""How a trial is drawn, by what the legend says of it."""
+
 
 def figure(data: list[dict[str, Any]], title: str, x: str, y: str, **layout: Any) -> Figure:
     """Returns a figure in the report's style, with both axes named."""
@@ -130,7 +141,7 @@ def _line(name: str, curve: tuple[Sequence[float], Sequence[float]], *, steps: b
 
 
 def intervals(
-    rows: Sequence[tuple[str, float, float | None, float | None]], title: str, x: str, chosen: Collection[str] = ()
+    rows: Sequence[tuple[str, float, float | None, float | None]], title: str, x: str, kinds: Mapping[str, str]
 ) -> Figure:
     """Returns a line of the page for each (name, value, low, high), with a rule at 0: what crosses it may be nothing.
 
@@ -138,28 +149,35 @@ def intervals(
         rows: from the top down; an interval of None is not drawn.
         title: what is drawn.
         x: what the values are.
-        chosen: names that are drawn in another colour.
+        kinds: what each name is, one of `MARKS`; the legend says it.
     """
+    by_kind = {kind: [row for row in rows if kinds[row[0]] == kind] for kind in MARKS}
+    data = [_interval_points(kind, own) for kind, own in by_kind.items() if own]
+    made = figure(data, title, x, "", height=130 + 26 * len(rows), showlegend=True)
+    made["layout"]["xaxis"] |= {"zeroline": True, "zerolinewidth": 2}
+    order = {"categoryorder": "array", "categoryarray": [name for name, *_ in rows]}
+    made["layout"]["yaxis"] |= {"type": "category", "autorange": "reversed", **order}
+    made["layout"]["legend"] |= {"y": 1.02, "yanchor": "bottom"}
+    made["layout"]["margin"] |= {"t": 40}
+    return made
 
+
+def _interval_points(kind: str, rows: Sequence[tuple[str, float, float | None, float | None]]) -> dict[str, Any]:
     def reach(value: float, end: float | None) -> float:
         return 0.0 if end is None else abs(end - value)
 
     above, below = [reach(v, high) for _, v, _, high in rows], [reach(v, low) for _, v, low, _ in rows]
     errors = {"array": above, "arrayminus": below}
-    color = [COLORS[5] if name in chosen else COLORS[0] for name, *_ in rows]
-    data = {
+    return {
         "type": "scatter",
         "mode": "markers",
+        "name": kind,
         "x": [value for _, value, _, _ in rows],
         "y": [name for name, *_ in rows],
-        "marker": {"size": 9, "color": color, "symbol": ["diamond" if n in chosen else "circle" for n, *_ in rows]},
+        "marker": {"size": 9, **MARKS[kind]},
         "error_x": {"type": "data", "symmetric": False, "thickness": 1.4, **errors, "color": COLORS[6]},
-        "hovertemplate": "%{y}: %{x:.4g}<extra></extra>",
+        "hovertemplate": f"%{{y}}, {kind}: %{{x:.4g}}<extra></extra>",
     }
-    made = figure([data], title, x, "", height=110 + 26 * len(rows))
-    made["layout"]["xaxis"] |= {"zeroline": True, "zerolinewidth": 2}
-    made["layout"]["yaxis"] |= {"type": "category", "autorange": "reversed"}
-    return made
 
 
 def heat_map(
@@ -172,6 +190,8 @@ def heat_map(
     x: str = "",
     y: str = "",
     least_is_best: bool = False,
+    framed: Collection[tuple[int, int]] = (),
+    marks: Mapping[tuple[int, int], str] | None = None,
 ) -> Figure:
     """Returns a heat map with its numbers written in; a cell of None stays empty.
 
@@ -183,8 +203,16 @@ def heat_map(
         middle: centres a two-sided colour scale there (blue below, orange above).
         x: name of the horizontal axis.
         y: name of the vertical axis.
-        least_is_best: frames the cell of the smallest number, and lets small numbers be dark.
+        least_is_best: lets small numbers be dark.
+        framed: the cells that are framed, each as (row, column).
+        marks: what stands below the number of a cell.
     """
+    marks = marks or {}
+    digits = _digits(values)
+
+    def written(i: int, j: int, value: float | None) -> str:
+        return "" if value is None else "<br>".join(filter(None, [f"{value:.{digits}f}", marks.get((i, j), "")]))
+
     scale = {"colorscale": ONE_SIDED, "reversescale": least_is_best}
     if middle is not None:
         scale = {"colorscale": TWO_SIDED, "zmid": middle}
@@ -193,7 +221,7 @@ def heat_map(
         "z": [list(r) for r in values],
         "x": list(columns),
         "y": list(rows),
-        "text": [["" if v is None else f"{v:.{_digits(values)}f}" for v in row] for row in values],
+        "text": [[written(i, j, v) for j, v in enumerate(row)] for i, row in enumerate(values)],
         "texttemplate": "%{text}",
         "hovertemplate": (f"{x} %{{x}}, {y} " if x else "%{x}, ") + "%{y}: %{z:.4g}<extra></extra>",
         "hoverongaps": False,
@@ -202,14 +230,13 @@ def heat_map(
         "ygap": 2,
         **scale,
     }
-    made = figure([data], title, x, y, height=120 + 34 * len(rows))
+    made = figure([data], title, x, y, height=120 + (48 if marks else 34) * len(rows))
     made["layout"]["xaxis"] |= {"type": "category", "showgrid": False}
     made["layout"]["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
-    best = min(((v, i, j) for i, row in enumerate(values) for j, v in enumerate(row) if v is not None), default=None)
-    if least_is_best and best is not None:
-        _, i, j = best
-        frame = {"type": "rect", "x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5}
-        made["layout"]["shapes"] = [frame | {"line": {"color": COLORS[5], "width": 3}}]
+    line = {"color": COLORS[5], "width": 3}
+    frames = [{"x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5} for i, j in framed]
+    if frames:
+        made["layout"]["shapes"] = [{"type": "rect", **frame, "line": line} for frame in frames]
     return made
 
 
@@ -221,28 +248,40 @@ def _digits(values: Sequence[Sequence[float | None]]) -> int:
 
 
 def trial_map(trials: Sequence[Mapping[str, Any]], metric: str, title: str, *, x: str, y: str) -> Figure | None:
-    """Returns a heat map of trials over two of their settings, the best one framed; None unless both vary.
+    """Returns a heat map of trials over two of their settings, the chosen ones framed; None unless both vary.
 
-    Each cell is the best of the trials that share it (of several learning rates, say), as a person would choose.
+    Each cell is the first of the trials that share it (of several learning rates, say). What was refused has a cross,
+    and what was stopped the rung that its value is of.
 
     Args:
-        trials: a mapping a trial, which holds the settings `x` and `y` and the value `metric`, of which less is better.
+        trials: the chosen ones first, then from the best to the worst: a mapping a trial, which holds the settings `x`
+            and `y` and the value `metric`, and may hold `chosen`, `forgets_too_much` and `rung`.
         metric: the key of the value.
         title: what the value is.
         x: the key of the setting along the horizontal axis, as `lora_rank`.
         y: the key of the one along the vertical axis, as `lora_alpha`.
     """
-    cells: dict[tuple[float, float], float] = {}
+    cells: dict[tuple[float, float], Mapping[str, Any]] = {}
     for trial in trials:
         across, up, value = (number(trial.get(key)) for key in (x, y, metric))
         if across is not None and up is not None and value is not None:
-            cells[across, up] = min(value, cells.get((across, up), value))
-    columns, rows = (sorted({place[i] for place in cells}) for i in (0, 1))
+            cells.setdefault((up, across), trial)
+    rows, columns = (sorted({place[i] for place in cells}) for i in (0, 1))
     if len(columns) < 2 or len(rows) < 2:
         return None
-    values = [[cells.get((column, row)) for column in columns] for row in rows]
-    names = [[f"{v:g}" for v in axis] for axis in (columns, rows)]
-    return heat_map(values, names[0], names[1], title, x=x.replace("_", " "), y=y.replace("_", " "), least_is_best=True)
+    values = [[number(cells.get((row, column), {}).get(metric)) for column in columns] for row in rows]
+    places = {(rows.index(up), columns.index(across)): trial for (up, across), trial in cells.items()}
+    marks = {place: mark for place, trial in places.items() if (mark := _trial_mark(trial))}
+    framed = [place for place, trial in places.items() if trial.get("chosen")] or [next(iter(places))]
+    across_names, up_names = ([f"{v:g}" for v in axis] for axis in (columns, rows))
+    x, y = x.replace("_", " "), y.replace("_", " ")
+    return heat_map(values, across_names, up_names, title, x=x, y=y, least_is_best=True, framed=framed, marks=marks)
+
+
+def _trial_mark(trial: Mapping[str, Any]) -> str:
+    rung = number(trial.get("rung"))
+    refused, stopped = CROSS if trial.get("forgets_too_much") is True else "", "" if rung is None else f"rung {rung:g}"
+    return " ".join(filter(None, (refused, stopped)))
 
 
 def graph(made_from: Mapping[str, Sequence[str]], good: Mapping[str, bool], title: str) -> Figure:

@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_dist.errors import ConfigError, QloraDistError, nearest
+from qlora_dist.errors import ConfigError, QloraDistError, bad_value, nearest
 
 METRIC = "validation_bits_per_byte"
 ATTRIBUTES = ("tokens", "forgetting", "low", "high", "over_best", "over_best_low", "over_best_high", "p_holm", "state")
 SUMMARY_FILE = "summary.json"
+MAX_NAMED = 5
+"""Nodes that failed which an error names."""
 
 
 def read_studies(folder: Path, storage: str | None = None) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def read_studies(folder: Path, storage: str | None = None) -> dict[str, Any]:
             already is made anew.
 
     Raises:
-        ConfigError: if Optuna isn't installed, or the run had no sweep.
+        ConfigError: if Optuna isn't installed, it can't use the storage, or no shard's sweep came to its end.
     """
     try:
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
@@ -40,21 +42,52 @@ def read_studies(folder: Path, storage: str | None = None) -> dict[str, Any]:
         ) from None
     shards = (summary.get("sweep") or {}).get("shards") or []
     if not shards:
-        raise ConfigError(f"{folder} is of a run without a sweep. Run one with sweep=grid or sweep=halving.")
-    return {shard["label"]: make_study(f"{summary['experiment']}:{shard['label']}", shard, storage) for shard in shards}
-
-
-def make_study(name: str, shard: Mapping[str, Any], storage: str | None = None) -> Any:
-    """Returns one shard's trials as an Optuna study that minimises bits per byte of development data.
-
-    Raises:
-        ConfigError: if Optuna isn't installed.
-    """
+        raise _no_shards(folder, summary)
     try:
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise ConfigError(f"{error}. Install it with: pip install 'qlora_dist[optuna]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        kept = optuna.storages.get_storage(storage)
+    except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:  # no such place, no driver, another form
+        raise _bad_storage(storage, error) from error
+    try:
+        names = {shard["label"]: f"{summary['experiment']}:{shard['label']}" for shard in shards}
+        return {shard["label"]: make_study(names[shard["label"]], shard, kept) for shard in shards}
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise _bad_storage(storage, error) from error
+
+
+def _no_shards(folder: Path, summary: Mapping[str, Any]) -> ConfigError:
+    """Says whether a run had no sweep at all, or one of which no shard came to its end."""
+    name = ((summary.get("config") or {}).get("sweep") or {}).get("name", "none")
+    if name == "none":
+        return ConfigError(f"{folder} is of a run without a sweep. Run one with sweep=grid or sweep=halving.")
+    bad = [f"{n['stage']}/{n['label']}" for n in summary.get("nodes") or [] if n.get("state") == "failed"]
+    more = f", {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""
+    lost = f" Failed: {', '.join(bad[:MAX_NAMED])}{more}." if bad else ""
+    repair = "Run the same command again: what is done is not done twice."
+    return ConfigError(f"{folder} is of a run with sweep={name}, of which no shard came to its end.{lost} {repair}")
+
+
+def _bad_storage(storage: str | None, error: Exception) -> ConfigError:
+    why = str(error).splitlines()[0].rstrip(".")
+    wanted = "a database that Optuna can keep studies in, as sqlite:///sweep.db in a folder that there is"
+    return bad_value("--storage", storage, wanted, f"({why}.)")
+
+
+def make_study(name: str, shard: Mapping[str, Any], storage: Any = None) -> Any:
+    """Returns one shard's trials as an Optuna study that minimises bits per byte of development data.
+
+    Args:
+        name: the study's name.
+        shard: what the sweep came to on the shard.
+        storage: where Optuna keeps the study, as its name or as Optuna's own; in memory by default.
+    """
+    import optuna
+
     if storage and name in optuna.get_all_study_names(storage):
         optuna.delete_study(study_name=name, storage=storage)
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize")

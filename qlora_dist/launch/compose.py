@@ -12,15 +12,24 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora_dist.config import sweep
 from qlora_dist.config.fields import check
 from qlora_dist.config.run import RunConfig
+from qlora_dist.config.train import LoraConfig, TrainConfig
 from qlora_dist.errors import ConfigError, QloraDistError, bad_value, nearest
 from qlora_dist.launch.conf import conf_folder
 from qlora_dist.launch.schema import register_schema
+
+LISTS = {
+    f"{sweep.KEY}.target_modules": "a list of lists, as [[q_proj],[q_proj,v_proj]]",
+    f"{sweep.KEY}.points": "a list of named points, as [{name: small, lora_rank: 4}]",
+}
+"""What is wanted where a list holds lists or mappings."""
 
 
 def compose_run(overrides: Sequence[str], config_dir: str | None = None) -> RunConfig:
@@ -67,16 +76,25 @@ def _parse(overrides: Sequence[str]) -> dict[str, str]:
     """
     values = {}
     for line in overrides:
-        try:
-            override = OverridesParser.create().parse_override(line)
-        except HydraException as error:
-            repair = "Quote values with spaces, brackets or commas: 'key=\"a b\"'."
-            raise bad_value("override", line, "key=value in Hydra's grammar", repair) from error
+        override = parse_override(line)
         key = override.key_or_group
         values[key] = line.partition("=")[2]
         if key.partition(".")[0] != "hydra" and key not in _groups() and not _is_valid(key):
-            raise ConfigError(f"{key}: there is no such key. {_nearest_key(key)}")
+            raise _no_such_key(key)
     return values
+
+
+def parse_override(line: str) -> Override:
+    """Returns one override as Hydra reads it.
+
+    Raises:
+        ConfigError: for broken grammar.
+    """
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException as error:
+        repair = "Quote values with spaces, brackets or commas: 'key=\"a b\"'."
+        raise bad_value("override", line, "key=value in Hydra's grammar", repair) from error
 
 
 def _is_valid(key: str) -> bool:
@@ -90,6 +108,10 @@ def translate(error: Exception, values: Mapping[str, str]) -> QloraDistError:
         wanted = f"one of the files in conf/{group}/"
         return bad_value(group or "config", option, wanted, nearest(option, error.options or _options(group)))
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    merged = re.match(r"Error merging override [+~]*([\w.]+)=", str(error))
+    if merged and isinstance(cause, OmegaConfBaseException) and str(cause.full_key).isdigit():
+        key = merged.group(1)  # of lists in a list, and of mappings in one, OmegaConf names the place alone
+        return bad_value(key, values.get(key, ""), _wanted(key))
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return _bad_key_or_value(cause, values)
     absent = re.search(r"Could not override '(\w+)'\. No match in the defaults list", str(error))
@@ -103,7 +125,7 @@ def translate(error: Exception, values: Mapping[str, str]) -> QloraDistError:
 def _bad_key_or_value(error: OmegaConfBaseException, values: Mapping[str, str]) -> QloraDistError:
     key, message = str(error.full_key), str(error.msg)
     if re.match(r"Key '.*' not in", message):
-        return ConfigError(f"{key}: there is no such key. {_nearest_key(key)}")
+        return _no_such_key(key)
     if "Missing mandatory value" in message:
         return ConfigError(f"{key}: a value is needed and none is set. Set {key}=<value>.")
     quoted = re.search(r"[Vv]alue '(.*?)'", message)
@@ -121,11 +143,19 @@ def _groups() -> list[str]:
     return [path.name for path in conf_folder().iterdir() if path.is_dir()]
 
 
-def _nearest_key(key: str) -> str:
-    head, _, _ = key.rpartition(".")
-    siblings = [name for name in valid_keys() if name.rpartition(".")[0] == _schema_key(head)]
-    last = key.rpartition(".")[2]
-    return nearest(last, [name.rpartition(".")[2] for name in siblings]) if siblings else nearest(key, valid_keys())
+def _no_such_key(key: str) -> ConfigError:
+    """Says that no run has this key, and which is near; of a field that no sweep varies, where it is set."""
+    head, _, last = key.rpartition(".")
+    for group, config in (("lora", LoraConfig), ("train", TrainConfig)):
+        fields = {field.name: field.metadata for field in dataclasses.fields(config)}
+        if head == sweep.KEY and last in fields.keys() - sweep.FIELDS.keys():
+            how = " It says how a trial is trained, not what is made." if fields[last].get("execution") else ""
+            repair = f"Set {group}.{last}=<value> for all trials; a sweep varies {', '.join(sweep.FIELDS)}."
+            return ConfigError(f"{key}: no sweep varies {group}.{last}.{how} {repair}")
+    names = [name for name in valid_keys() if not name.endswith("[]")]
+    siblings = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == _schema_key(head)]
+    near = nearest(last, siblings) if siblings else nearest(key, names)
+    return ConfigError(f"{key}: there is no such key. {near}")
 
 
 def _schema_key(key: str) -> str:
@@ -134,6 +164,8 @@ def _schema_key(key: str) -> str:
 
 
 def _wanted(key: str) -> str:
+    if key in LISTS:
+        return LISTS[key]
     kind: Any = dict(_walk(RunConfig)).get(re.sub(r"\[\d+\]", "[]", _schema_key(key)))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(kind.__members__)}"

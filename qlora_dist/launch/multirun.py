@@ -8,8 +8,8 @@ from collections.abc import Sequence, Set
 
 from omegaconf import DictConfig
 
-from qlora_dist.errors import QloraDistError
-from qlora_dist.launch.compose import compose_run, run_config
+from qlora_dist.errors import QloraDistError, bad_value
+from qlora_dist.launch.compose import compose_run, parse_override, run_config
 
 
 def check_points(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -19,17 +19,22 @@ def check_points(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
     are swept.
 
     Raises:
-        ConfigError: at the first point that can't be.
+        ConfigError: for broken grammar, a sweep that can't be listed, or at the first point that can't be.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra._internal.utils import get_args_parser
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
 
     flags = get_args_parser().parse_intermixed_args(list(arguments))
     ordered: list[str] = [argument for argument in arguments if argument not in flags.overrides] + flags.overrides
     if not flags.multirun:
         return ordered, set()
-    parsed = OverridesParser.create().parse_overrides(flags.overrides)
+    parsed = [parse_override(line) for line in flags.overrides]
+    for override in parsed:
+        is_listed = override.is_discrete_sweep() and not isinstance(override.value(), Glob)
+        if override.is_sweep_override() and not is_listed:
+            key, _, value = str(override.input_line).partition("=")
+            raise bad_value(key, value, "values that -m can list", f"Write each one: {key}=<one>,<another>.")
     for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
         for point in batch:
             compose_run(point, flags.config_dir)

@@ -80,6 +80,43 @@ def test_a_wrong_type_names_key_value_and_what_was_wanted():
     assert error_of("model.quantization=nf8").startswith("model.quantization=nf8: expected one of nf4, none")
 
 
+@pytest.mark.parametrize("value", ["[q_proj,v_proj]", "[[q_proj],v_proj]", "q_proj"])
+def test_a_sweep_of_modules_says_that_it_wants_a_list_of_lists(value: str):
+    wanted = "a list of lists, as [[q_proj],[q_proj,v_proj]]"
+    assert (
+        error_of("sweep=grid", f"sweep.target_modules={value}") == f"sweep.target_modules={value}: expected {wanted}."
+    )
+
+
+@pytest.mark.parametrize("value", ["[a,b]", "[{name: small},b]", "a"])
+def test_points_of_a_sweep_say_that_they_want_names_and_values(value: str):
+    wanted = "a list of named points, as [{name: small, lora_rank: 4}]"
+    assert error_of("sweep=grid", f"sweep.points={value}") == f"sweep.points={value}: expected {wanted}."
+
+
+def test_a_field_that_no_sweep_varies_says_so_and_where_it_is_set():
+    how = "It says how a trial is trained, not what is made."
+    for name in ("compile", "micro_batch_tokens"):
+        message = error_of("sweep=grid", f"sweep.{name}=[1,2]")
+        assert message.startswith(f"sweep.{name}: no sweep varies train.{name}. {how} Set train.{name}=<value>")
+        assert "a sweep varies lora_rank, " in message
+    assert error_of("sweep.method=[full]").startswith("sweep.method: no sweep varies train.method. Set train.method=")
+
+
+def test_valid_names_are_those_that_can_be_typed():
+    message = error_of("sweep.zzzz=1")
+    assert "lora_rank, " in message
+    assert "[]" not in message
+
+
+def test_a_sweep_of_rows_that_dont_divide_the_micro_batch_names_the_key_that_there_is():
+    message = error_of(
+        "sweep=grid", "sweep.row_tokens=[64,100]", "train.row_tokens=64", "train.micro_batch_tokens=1024"
+    )
+    assert message.startswith("train.micro_batch_tokens=1024: expected a multiple of row_tokens = 100. ")
+    assert "a multiple of train.row_tokens and of every row_tokens of the sweep" in message
+
+
 def test_a_value_out_of_range_names_its_bounds():
     assert error_of("lora.lora_rank=0").startswith("lora.lora_rank=0: expected a number at least 1")
     assert error_of("train.learning_rate=-1").startswith("train.learning_rate=-1.0: expected a number above 0")

@@ -80,3 +80,24 @@ def test_a_run_without_a_sweep_and_an_unknown_shard_are_one_line(run, tmp_path, 
     (run / "summary.json").write_text('{"experiment": "x", "sweep": {}}')
     with pytest.raises(ConfigError, match="without a sweep"):
         read_studies(run)
+
+
+def test_a_sweep_that_lost_trials_is_told_from_a_run_without_one(run):
+    nodes = [{"stage": "adapter", "label": f"legal-0.r{i}", "state": "failed"} for i in range(7)]
+    summary = {"experiment": "x", "config": {"sweep": {"name": "grid"}}, "sweep": {}, "nodes": nodes}
+    (run / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ConfigError, match=r"sweep=grid, of which no shard came to its end\. Failed: ") as caught:
+        read_studies(run)
+    assert "adapter/legal-0.r4, 2 more. Run the same command again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "storage",
+    ["nonsense", "sqlite:////nonexist/x.db", "redis://x", "nosuch+driver://x", "sqlite:///{run}/summary.json"],
+)
+def test_a_storage_that_optuna_cant_use_is_one_line(run, capsys, storage):
+    storage = storage.format(run=run)
+    assert main([str(run), "--storage", storage]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: --storage={storage}: expected a database that Optuna can keep studies in")
+    assert len(told.splitlines()) == 1

@@ -76,13 +76,14 @@ def test_the_chosen_trial_and_the_reason_stand_first_and_each_shard_has_its_tabl
 def test_trials_stand_best_first_with_their_intervals_as_a_person_reads_them(swept: dict[str, Any]) -> None:
     (_, _, *_, table) = section(swept).tables_of()
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert [row["trial"] for row in rows] == sorted(LEVELS, key=lambda name: LEVELS[name])
+    assert [row["trial"] for row in rows] == ["r8", "r4", "r64"], "what forgets too much comes after what doesn't"
     assert [row["chosen"] for row in rows] == [True, None, None]
     assert rows[0]["interval of that"] is None, "the best is not compared with itself"
-    low, high = (float(part) for part in rows[2]["interval of that"].split(" to "))
-    assert 0.1 < low < rows[2]["over_best"] < high < 0.3
+    low, high = (float(part) for part in rows[1]["interval of that"].split(" to "))
+    assert 0.1 < low < rows[1]["over_best"] < high < 0.3
     forgets = table.columns.index("forgets little enough")
-    assert [row[forgets] for row in table.rows] == [True, False, True]
+    assert [row[forgets] for row in table.rows] == [True, True, False]
+    assert forgets < table.columns.index("validation_bits_per_byte")
     assert table.is_judged(forgets)
     assert not table.is_judged(table.columns.index("chosen"))
     assert not {"low", "high", "over_best_low", "p_holm", "forgets_too_much"} & set(table.columns)
@@ -107,17 +108,152 @@ def test_trials_that_were_stopped_come_last_whoever_came_furthest_first_and_no_c
 def test_each_trial_is_drawn_beside_the_best_with_its_paired_interval(swept: dict[str, Any]) -> None:
     drawn = dict(section(swept).figures)
     assert list(drawn) == ["sweep-behind-legal-0", "sweep-rungs-legal-0", "sweep-behind-legal-1", "sweep-rungs-legal-1"]
-    (points,), (table,) = drawn["sweep-behind-legal-0"]["data"], section(swept).tables_of("sweep-behind-legal-0")
-    assert points["x"] == sorted(points["x"])
-    assert points["y"] == ["r64", "r8", "r4"]
-    assert (points["x"][0], points["error_x"]["array"][0]) == (0.0, 0.0)
-    assert points["marker"]["symbol"] == ["circle", "diamond", "circle"], "the smaller one is as good, and so chosen"
-    for i, (_, value, low, high) in enumerate(table.rows[1:], start=1):
-        assert points["x"][i] - points["error_x"]["arrayminus"][i] == pytest.approx(low)
-        assert points["x"][i] + points["error_x"]["array"][i] == pytest.approx(high)
+    figure, (table,) = drawn["sweep-behind-legal-0"], section(swept).tables_of("sweep-behind-legal-0")
+    others, chosen = figure["data"]
+    assert figure["layout"]["yaxis"]["categoryarray"] == ["r64", "r8", "r4"]
+    assert (others["y"], chosen["y"]) == (["r64", "r4"], ["r8"]), "the smaller one is as good, and so chosen"
+    assert (others["x"][0], others["error_x"]["array"][0]) == (0.0, 0.0)
+    points = {name: (points, i) for points in figure["data"] for i, name in enumerate(points["y"])}
+    for name, _, value, low, high in table.rows[1:]:
+        drawn_points, i = points[name]
+        assert drawn_points["x"][i] - drawn_points["error_x"]["arrayminus"][i] == pytest.approx(low)
+        assert drawn_points["x"][i] + drawn_points["error_x"]["array"][i] == pytest.approx(high)
         assert low < value < high
     for figure in drawn.values():
         go.Figure(figure)
+
+
+def test_a_trial_that_forgets_too_much_has_a_mark_beside_the_best_and_the_legend_says_why(
+    swept: dict[str, Any],
+) -> None:
+    figure = dict(section(swept).figures)["sweep-behind-legal-1"]
+    told = {points["name"]: (points["y"], points["marker"]["symbol"]) for points in figure["data"]}
+    assert told == {
+        "forgets little enough": (["r4"], "circle"),
+        "forgets too much": (["r64"], "x"),
+        "chosen": (["r8"], "diamond"),
+    }
+    assert figure["layout"]["showlegend"]
+    (table,) = section(swept).tables_of("sweep-behind-legal-1")
+    assert {row[0]: row[1] for row in table.rows} == {name: kind for kind, ((name,), _) in told.items()}
+
+
+def shard(label: str, winner: str, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """What a sweep over rank and alpha came to on one shard; each row has at least `rank`, `alpha` and `value`."""
+    trials = [
+        {
+            "trial": f"r{row['rank']}-a{row['alpha']}", "lora_rank": row["rank"], "lora_alpha": row["alpha"],
+            "tokens": 100, "state": "finished", "validation_bits_per_byte": row["value"],
+            "forgets_too_much": row.get("refused", False), "forgetting": 0.5 if row.get("refused") else 0.0,
+        }
+        if row["value"] is not None
+        else {
+            "trial": f"r{row['rank']}-a{row['alpha']}", "lora_rank": row["rank"], "lora_alpha": row["alpha"],
+            "tokens": 10, "state": "stopped at 0",
+        }
+        for row in rows
+    ]  # fmt: skip
+    told = {"label": label, "domain": "legal", "winner": winner, "reason": "so.", "trials": trials}
+    return told | {"columns": ["lora_rank", "lora_alpha"], **more}
+
+
+def grid(*values: float | None, refused: int = -1) -> list[dict[str, Any]]:
+    cells = [(4, 8), (8, 8), (4, 16), (8, 16)]
+    return [
+        {"rank": rank, "alpha": alpha, "value": value, "refused": i == refused}
+        for i, ((rank, alpha), value) in enumerate(zip(cells, values, strict=True))
+    ]
+
+
+def test_the_map_frames_the_chosen_trial_and_has_a_cross_where_one_forgets_too_much(swept: dict[str, Any]) -> None:
+    one = shard("legal-0", "r8-a8", grid(2.5, 2.3, 2.4, 2.1, refused=3))
+    swept["sweep"] = {"metric": "validation_bits_per_byte", "trials": [], "shards": [one]}
+    figure = dict(section(swept).figures)["sweep-rank-alpha"]
+    (frame,) = figure["layout"]["shapes"]
+    assert (frame["x0"], frame["y0"]) == (0.5, -0.5), "rank 8, alpha 8: not the least value, which forgets too much"
+    assert figure["data"][0]["text"] == [["2.500", "2.300"], ["2.400", "2.100<br>✗"]]
+    assert "✗: forgets too much" in figure["layout"]["title"]["text"]
+    (table,) = section(swept).tables_of("sweep-rank-alpha")
+    assert table.rows == [["8", 2.5, 2.3], ["16", 2.4, "2.100 ✗"]]
+    go.Figure(figure)
+
+
+def test_of_several_trials_in_a_cell_one_that_is_allowed_is_drawn(swept: dict[str, Any]) -> None:
+    one = shard("legal-0", "r8-a8", grid(2.5, 2.3, 2.4, 2.35))
+    refused = {**one["trials"][0], "trial": "fast", "validation_bits_per_byte": 1.9, "forgets_too_much": True}
+    one["trials"].append(refused)
+    swept["sweep"] = {"metric": "validation_bits_per_byte", "trials": [], "shards": [one]}
+    assert dict(section(swept).figures)["sweep-rank-alpha"]["data"][0]["z"][0] == [2.5, 2.3]
+
+
+def test_means_over_shards_say_where_a_trial_forgets_too_much_and_order_it_after_the_others(
+    swept: dict[str, Any],
+) -> None:
+    shards = [shard("legal-0", "r8-a8", grid(2.5, 2.3, 2.4, 2.1, refused=3))]
+    shards += [shard("legal-1", "r8-a16", grid(2.5, 2.3, 2.4, 2.1))]
+    swept["sweep"] = {"metric": "validation_bits_per_byte", "trials": [], "shards": shards}
+    _, means, *_ = section(swept).tables_of()
+    judged = means.columns.index("forgets little enough")
+    assert [(row[0], row[judged]) for row in means.rows] == [
+        ("r8-a8", True), ("r4-a16", True), ("r4-a8", True), ("r8-a16", "in 1 of 2 shards"),
+    ]  # fmt: skip
+    frames = dict(section(swept).figures)["sweep-rank-alpha"]["layout"]["shapes"]
+    assert {(frame["x0"], frame["y0"]) for frame in frames} == {(0.5, -0.5), (0.5, 0.5)}, "one was chosen by each shard"
+
+
+def test_means_are_of_the_shards_of_one_domain(swept: dict[str, Any]) -> None:
+    shards = [shard(f"legal-{i}", "r8-a8", grid(2.5, 2.3, 2.4, 2.6)) for i in range(2)]
+    shards += [shard("code-0", "r4-a8", grid(1.1, 1.3, 1.4, 1.6), domain="code")]
+    swept["sweep"] = {"metric": "validation_bits_per_byte", "trials": [], "shards": shards}
+    tables = {table.caption: table for table in section(swept).tables_of()}
+    value = tables["Trials: means over 2 shards of legal"].columns.index("validation_bits_per_byte")
+    assert tables["Trials: means over 2 shards of legal"].rows[0][value] == pytest.approx(2.3)
+    assert not tables["Trials of code-0"].folded
+    assert not [caption for caption in tables if "means over 3" in caption]
+    figures = dict(section(swept).figures)
+    assert figures["sweep-rank-alpha-legal"]["data"][0]["z"][0] == pytest.approx([2.5, 2.3])
+    assert figures["sweep-rank-alpha-code"]["data"][0]["z"][0] == [1.1, 1.3]
+
+
+def test_what_a_halving_stopped_is_shown_by_its_value_at_its_last_rung(swept: dict[str, Any]) -> None:
+    halved = grid(None, 2.3, None, None)
+    rungs = [
+        {"rung": 0, "trial": "r4-a8", "tokens": 10, "value": 2.9, "forgetting": 0.0, "went_on": False},
+        {"rung": 0, "trial": "r8-a8", "tokens": 10, "value": 2.8, "forgetting": 0.0, "went_on": True},
+        {"rung": 0, "trial": "r4-a16", "tokens": 10, "value": 2.85, "forgetting": 0.0, "went_on": True},
+        {"rung": 1, "trial": "r4-a16", "tokens": 30, "value": 2.6, "forgetting": 0.2, "went_on": False},
+        {"rung": 0, "trial": "r8-a16", "tokens": 10, "value": None, "forgetting": None, "went_on": False},
+    ]
+    swept["config"] = {"sweep": {"max_forgetting": 0.1}}
+    one = shard("legal-0", "r8-a8", halved, rungs=rungs)
+    swept["sweep"] = {"metric": "validation_bits_per_byte", "trials": [], "shards": [one]}
+    (_, table) = section(swept).tables_of()
+    places = [table.columns.index(c) for c in ("validation_bits_per_byte", "measured", "forgets little enough")]
+    assert [[row[0], *(row[place] for place in places)] for row in table.rows] == [
+        ["r8-a8", 2.3, "at the end", True],
+        ["r4-a16", 2.6, "at rung 1", False],
+        ["r4-a8", 2.9, "at rung 0", True],
+        ["r8-a16", None, None, None],
+    ]
+    figure = dict(section(swept).figures)["sweep-rank-alpha"]
+    assert figure["data"][0]["text"] == [["2.900<br>rung 0", "2.300"], ["2.600<br>✗ rung 1", ""]]
+    assert "rung: measured there" in figure["layout"]["title"]["text"]
+    assert "the rungs chose who came to the end" in section(swept).text
+
+
+def test_means_of_a_halving_are_taken_at_the_last_rung_that_a_trial_reached_on_all_shards(
+    swept: dict[str, Any],
+) -> None:
+    def rung(number: int, value: float) -> dict[str, Any]:
+        return {"rung": number, "trial": "r4-a8", "tokens": 10, "value": value, "forgetting": 0.0}
+
+    shards = [shard("legal-0", "r4-a8", grid(2.0, 2.3, 2.4, 2.6), rungs=[rung(0, 2.9), rung(1, 2.5)])]
+    shards += [shard("legal-1", "r8-a8", grid(None, 2.3, 2.4, 2.6), rungs=[rung(0, 2.7)])]
+    swept["sweep"] = {"metric": "validation_bits_per_byte", "trials": [], "shards": shards}
+    _, means, *_ = section(swept).tables_of()
+    told = dict(zip(means.columns, next(row for row in means.rows if row[0] == "r4-a8"), strict=True))
+    assert told["validation_bits_per_byte"] == pytest.approx(2.8), "not of one at its end and one at a rung"
+    assert told["measured"] == "at rung 0"
 
 
 def test_curves_of_the_chosen_trials_have_colour_and_the_bases_are_apart(swept: dict[str, Any]) -> None:
