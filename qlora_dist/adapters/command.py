@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shlex
 import sys
@@ -19,7 +20,7 @@ from qlora_dist.config.merge import CALIBRATED, LearnedPer, MergeConfig, MergeMe
 from qlora_dist.config.model import ModelConfig
 from qlora_dist.config.stages import MergedConfig
 from qlora_dist.errors import ConfigError, QloraDistError, bad_value, nearest
-from qlora_dist.runtime import Facts, quiet_libraries
+from qlora_dist.runtime import Facts, log, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,11 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     arguments = parser().parse_args(with_negative_weights(sys.argv[1:] if argv is None else argv))
     quiet_libraries()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     from qlora_dist.model.tensorfile import whole
 
     try:
         folders = find_folders(arguments.adapters)
         config = merged_config(arguments, list(folders))
+        if config.merge.method in CALIBRATED:
+            log.setLevel(logging.INFO)  # they look at data, which takes minutes, and say how many are left
         with whole(Path(arguments.out)) as aside, told_as_options():
             aside.mkdir()
             facts = merge_folders(config, folders, calibration(arguments, list(folders)), aside)
@@ -149,17 +153,20 @@ def show(facts: Facts, folders: dict[str, Path], out: Path, console: Console) ->
     table.add_column("adapter", overflow="fold")
     for name in ("weight", "rank", "tokens", "‖ΔW‖"):
         table.add_column(name, justify="right")
-    for i in range(len(folders)):
-        table.add_column(f"cos {i + 1}", justify="right")
-    for i, (part, cosines) in enumerate(zip(facts["parts"], facts["cosines"], strict=True)):
+    for i, part in enumerate(facts["parts"]):
         numbers = (
             f"{part['weight']:.4g}",
             str(part["lora_rank"]),
             str(part["trained_tokens"] or "-"),
             f"{part['norm']:.4g}",
         )
-        table.add_row(escape(f"{i + 1} {part['label']}"), *numbers, *(f"{c:+.3f}" for c in cosines))
+        table.add_row(escape(f"{i + 1} {part['label']}"), *numbers)
     console.print(table)
+    angles = Table("cosine", *(str(i + 1) for i in range(len(facts["parts"]))))
+    for i, cosines in enumerate(facts["cosines"]):
+        angles.add_row(str(i + 1), *(f"{c:+.3f}" for c in cosines))
+    if len(facts["parts"]) > 1:
+        console.print(angles)
     console.print(
         f"merged: rank {facts['lora_rank']} of {facts['largest_rank']}, ‖ΔW‖ {facts['norm']:.4g},"
         f" energy kept {facts['energy_kept']:.2%}, cross energy {facts['cross_energy']:+.1%}",

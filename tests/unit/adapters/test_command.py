@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ def test_folders_globs_and_folders_of_folders_name_the_same_adapters(three, tmp_
         assert [p["label"] for p in parts] == ["a", "b", "c"]
         assert [p["weight"] for p in parts] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
     printed = capsys.readouterr().out
-    assert "cos 3" in printed
+    assert re.search(r"cosine ┃ 1 +┃ 2 +┃ 3 ", printed)
     assert "next: python -m qlora_dist.export" in printed
 
 
