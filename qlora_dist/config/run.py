@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qlora_dist.config.data import DomainConfig
+from qlora_dist.config.data import DomainConfig, Use
 from qlora_dist.config.evaluate import EvaluateConfig, TrackingConfig
 from qlora_dist.config.export import ExportConfig
 from qlora_dist.config.fields import execution, setting
@@ -47,14 +47,25 @@ class RunConfig:
         if not self.domain:
             raise bad_value("domain", "[]", "at least one domain", "Set domain=[legal].")
         for name in self.domain:
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "general":
-                raise bad_value(
-                    f"domain.{name}", name, "a name of lower-case letters, digits and '_' other than 'general'"
-                )
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in ("general", "rows", "merged_part"):
+                wanted = "a name of lower-case letters, digits and '_' other than 'general', 'rows' and 'merged_part'"
+                raise bad_value(f"domain.{name}", name, wanted)
         check_step(self.train, self.strategy.world_size)
         check_supported(self.train, self.strategy)
-        check_sweep(self.sweep, self.lora, self.train, self.seed, self.strategy.world_size)
+        check_sweep(self.sweep, self.lora, self.train, self.seed, self.strategy)
+        if self.sweep.name is not SweepName.none:
+            self._check_development()
         if self.merge.every_steps and self.sweep.name is not SweepName.none:
             raise bad_value("merge.every_steps", self.merge.every_steps, "0 with a sweep: a trial trains alone")
         if self.merge.every_steps and self.train.method is Method.full:
             raise bad_value("train.method", "full", "lora with merge.every_steps: adapters are averaged")
+
+    def _check_development(self) -> None:
+        """Refuses a sweep over what has no development data: its trials are judged by nothing else."""
+        domains = {"general": self.general} | {f"domain.{name}": domain for name, domain in self.domain.items()}
+        for key, domain in domains.items():
+            if not domain.split.validation_share and all(source.use is not Use.validation for source in domain.sources):
+                name = f"{key}.split.validation_share"
+                wanted = "more than 0 with a sweep, which judges its trials by development data"
+                repair = f"Set {name}=0.08, use=validation for one of {key}.sources, or sweep=none."
+                raise bad_value(name, domain.split.validation_share, wanted, repair)

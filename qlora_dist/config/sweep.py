@@ -13,13 +13,15 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from qlora_dist.config.fields import check, execution, identity, setting
-from qlora_dist.config.train import LoraConfig, Method, TrainConfig, check_step
+from qlora_dist.config.train import LoraConfig, Method, StrategyConfig, TrainConfig, check_step, check_supported
 from qlora_dist.errors import ConfigError, bad_value, nearest
 
 KEY = "sweep"
 MAX_TRIALS = 10_000
 SHORT = {"lora_rank": "r", "lora_alpha": "a", "learning_rate": "lr", "seed": "s"}
 """What stands before a value in a trial's name; any other field by its own name."""
+RESERVED = ("base",)
+"""Names that no point may have: beside the trials' scores stand those of the base."""
 
 
 class SweepName(Enum):
@@ -99,21 +101,24 @@ class Sweep:
     duplicates: dict[str, str]
 
 
-def trials_of(sweep: SweepConfig, lora: LoraConfig, train: TrainConfig, seed: int, world_size: int = 1) -> Sweep:
-    """Returns the trials of a sweep, checked as the fields' own values are.
+def trials_of(
+    sweep: SweepConfig, lora: LoraConfig, train: TrainConfig, seed: int, strategy: StrategyConfig | None = None
+) -> Sweep:
+    """Returns the trials of a sweep, checked as the fields' own values are, and as a run of each alone would be.
 
     Raises:
         ConfigError: for no point at all, a point without a name, an unknown field, a value that its field can't have,
-            or two points of one name.
+            what the strategy (by default that of one process) can't do, or two points of one name.
     """
     if not _given(sweep):
         repair = f"Set {KEY}.lora_rank=[4,8], say, or {KEY}.points."
         raise bad_value(KEY, sweep.name.name, "a list of values, or points", repair)
     made: dict[str, TrialConfig] = {}
+    exact = _written_exactly(sweep)
     for point, listed in _combined(sweep):
         trial = _trial(point | listed, lora, train, seed)
-        trial.name = "-".join([*([str(point["name"])] if point else []), *_words(trial, listed)])
-        _check_trial(trial, world_size)
+        trial.name = "-".join([*([str(point["name"])] if point else []), *_words(trial, listed, exact)])
+        _check_trial(trial, strategy or StrategyConfig())
         if trial.name in made:
             repair = "Give each point a name of its own, and each list its values once."
             raise ConfigError(f"{KEY}: two points are called {trial.name}. {repair}")
@@ -153,7 +158,7 @@ def swept_values(trial: TrialConfig) -> dict[str, Any]:
     return {**identity(trial.lora), **identity(trial.train), "seed": trial.seed}
 
 
-def check_sweep(sweep: SweepConfig, lora: LoraConfig, train: TrainConfig, seed: int, world_size: int) -> None:
+def check_sweep(sweep: SweepConfig, lora: LoraConfig, train: TrainConfig, seed: int, strategy: StrategyConfig) -> None:
     """Refuses points without a sweep, a sweep of what makes no adapter, and points that can't be.
 
     Raises:
@@ -165,7 +170,7 @@ def check_sweep(sweep: SweepConfig, lora: LoraConfig, train: TrainConfig, seed: 
     if sweep.name is not SweepName.none and train.method is Method.full:
         raise bad_value("train.method", "full", "lora with a sweep", "Set sweep=none, or train.method=lora.")
     if sweep.name is not SweepName.none and _given(sweep):
-        trials_of(sweep, lora, train, seed, world_size)
+        trials_of(sweep, lora, train, seed, strategy)
 
 
 def _given(sweep: SweepConfig) -> list[str]:
@@ -190,6 +195,9 @@ def _point(sweep: SweepConfig, number: int) -> dict[str, Any]:
     values, key = sweep.points[number], f"{KEY}.points[{number}]"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(values.get("name", ""))):
         raise bad_value(f"{key}.name", values.get("name", ""), "a name of letters, digits, '_' and '-'")
+    if values["name"] in RESERVED:
+        wanted = f"another name than {values['name']}, by which a sweep knows the base's own scores"
+        raise bad_value(f"{key}.name", values["name"], wanted, f"Set {key}.name=plain, say.")
     for name in values:
         if name != "name" and name not in FIELDS:
             raise ConfigError(f"{key}.{name}: no sweep varies it. {nearest(str(name), FIELDS)}")
@@ -203,17 +211,18 @@ def _trial(values: Mapping[str, Any], lora: LoraConfig, train: TrainConfig, seed
         return {name: value for name, value in values.items() if name != "name" and FIELDS[name][1] == group}
 
     own_seed = of("").get("seed", seed)
-    if not isinstance(own_seed, int) or not 0 <= own_seed < 2**31:
+    if not isinstance(own_seed, int) or isinstance(own_seed, bool) or not 0 <= own_seed < 2**31:
         raise bad_value(f"{KEY}.seed", own_seed, "a whole number at least 0 and below 2^31")
     return TrialConfig(lora=_typed(lora, of("lora")), train=_typed(train, of("train")), seed=own_seed)
 
 
-def _check_trial(trial: TrialConfig, world_size: int) -> None:
-    """Refuses values out of bounds, and a step that doesn't divide: the same errors as without a sweep."""
+def _check_trial(trial: TrialConfig, strategy: StrategyConfig) -> None:
+    """Refuses values out of bounds, a step that doesn't divide, and what the strategy can't do: as without a sweep."""
     check(trial.lora, KEY)
     try:
         check(trial.train, KEY)
-        check_step(trial.train, world_size)
+        check_step(trial.train, strategy.world_size)
+        check_supported(trial.train, strategy)
     except ConfigError as error:
         raise ConfigError(f"{error} (Trial {trial.name} of the sweep.)") from None
 
@@ -237,10 +246,16 @@ def _typed(config: Any, values: Mapping[str, Any]) -> Any:
     return made
 
 
-def _words(trial: TrialConfig, listed: Mapping[str, Any]) -> list[str]:
+def _written_exactly(sweep: SweepConfig) -> set[str]:
+    """Returns the fields whose listed numbers would read the same in six digits: 1e-4 and 1.00000001e-4, say."""
+    lists = {name: set(map(float, getattr(sweep, name))) for name in FIELDS if FIELDS[name][0] is float}
+    return {name for name, values in lists.items() if len({f"{value:g}" for value in values}) < len(values)}
+
+
+def _words(trial: TrialConfig, listed: Mapping[str, Any], exact: set[str]) -> list[str]:
     """Returns the part of a trial's name for each value out of a list: `r8`, `a16`, `lr0.0002`."""
     told = swept_values(trial)
-    return [SHORT.get(name, f"{name}_") + _shown(told[name]) for name in listed]
+    return [SHORT.get(n, f"{n}_") + (repr(told[n]) if n in exact else _shown(told[n])) for n in listed]
 
 
 def _shown(value: Any) -> str:

@@ -20,7 +20,7 @@ def keep_segments_apart(model: Any) -> Any:
         The model, as it was where another attention runs.
     """
     if str(model.config._attn_implementation).startswith("flash_attention"):
-        getattr(model, model.base_model_prefix).register_forward_pre_hook(_tell_lengths, with_kwargs=True)
+        model.get_decoder().register_forward_pre_hook(_tell_lengths, with_kwargs=True)
     return model
 
 

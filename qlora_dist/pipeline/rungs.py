@@ -22,6 +22,7 @@ from qlora_dist.config.sweep import TrialConfig
 from qlora_dist.pipeline.plan import Node, Plan
 from qlora_dist.pipeline.run import circumstances, manifest_of
 from qlora_dist.pipeline.tracked import say_made
+from qlora_dist.pipeline.winner import LOST
 from qlora_dist.runtime import Facts
 from qlora_dist.train.course import METRICS_FILE
 
@@ -77,8 +78,9 @@ class Shelf:
         return self.plan.add("adapter", f"{self.label}.{trial.name}", config, inputs=inputs, subject=self.label)
 
     def has_adapter(self, trial: TrialConfig) -> bool:
-        """Says that a trial was trained to its end, here or elsewhere."""
-        return self.plan.store.is_finished(self.adapter(trial).id)
+        """Says that a trial was trained to its end, here or elsewhere: not one that a grid found lost."""
+        store, adapter_id = self.plan.store, self.adapter(trial).id
+        return store.is_finished(adapter_id) and LOST not in store.manifest(adapter_id).facts
 
     def rung(self, trial: TrialConfig, steps: int) -> Rung | None:
         """Reads a trial at a rung, None if it never was there."""
@@ -114,6 +116,8 @@ class Shelf:
         with self.plan.store.owned(node.id, f"{self.config.experiment}: {node.name}", resumes=True):
             out = self.plan.store.partial(node.id)
             ignored = shutil.ignore_patterns(".*", "checkpoints")
+            if self.plan.store.is_finished(node.id):
+                shutil.rmtree(self.plan.store.folder(node.id))  # lost beside other trials; here it came to its end
             shutil.copytree(race.job.courses[trial.name].folder, out, ignore=ignored, dirs_exist_ok=True)
             self.plan.store.commit(manifest_of(self.plan, node, facts, facts["seconds"]))
         say_made(self.plan, node, facts, trial.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import psutil
 
 from qlora_dist.config import stages as told
 from qlora_dist.config.run import RunConfig
-from qlora_dist.config.sweep import Sweep, SweepName, TrialConfig, trials_of
+from qlora_dist.config.sweep import Sweep, SweepConfig, SweepName, TrialConfig, trials_of
 from qlora_dist.errors import bad_value
 from qlora_dist.model.footprint import base_bytes, lane_bytes, shape_of
 from qlora_dist.pipeline.plan import Node, Plan
@@ -24,6 +25,8 @@ USED_SHARE = 0.85
 """The share of a device's memory that lanes are packed into: an estimate wants room."""
 LANES_UNKNOWN = 8
 """Lanes a job where the base's shape isn't known before it is fetched."""
+NAMED = 12
+"""So many trials of a halving are named in the plan, where they have no nodes of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,10 @@ class TrialPlanner:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.sweep = trials_of(config.sweep, config.lora, config.train, config.seed, config.strategy.world_size)
+        self.sweep = trials_of(config.sweep, config.lora, config.train, config.seed, config.strategy)
         if config.sweep.name is SweepName.halving:
             self._check_halving()
+        self._check_memory()
 
     def add(self, shard: ShardInputs) -> Node:
         """Adds a shard's trials and the node whose folder is the adapter of the chosen one; returns that."""
@@ -75,7 +79,9 @@ class TrialPlanner:
         for name, same in self.sweep.duplicates.items():
             why = f"sweep: {name} trains the same as {same}, to the bit, and is not run again"
             self.plan.notes.append(f"{why} (sweep.find_duplicates=false would).")
+        self.plan.notes += self._unread()
         if not self._lanes:
+            self.plan.notes.append(f"sweep: the trials are {self._named()}.")
             return
         jobs = list(self._jobs())
         for number, job in enumerate(jobs):
@@ -155,10 +161,10 @@ class TrialPlanner:
         """Yields the lanes of each job: of one row length, no more than memory holds, and shards apart by default."""
         settings = self.config.sweep
         for lanes in self._kinds():
-            most = settings.lanes or len(lanes)
-            if settings.jobs:
-                most = min(most, -(-len(lanes) // settings.jobs))
-            yield from self._fill(lanes, most)
+            num_jobs = min(settings.jobs or 1, len(lanes))
+            starts = [-(-len(lanes) * job // num_jobs) for job in range(num_jobs + 1)]
+            for start, end in itertools.pairwise(starts):
+                yield from self._fill(lanes[start:end], settings.lanes or len(lanes))
 
     def _kinds(self) -> list[list[tuple[Node, TrialConfig]]]:
         kinds: dict[tuple[int, str], list[tuple[Node, TrialConfig]]] = {}
@@ -182,16 +188,42 @@ class TrialPlanner:
 
     def _room(self) -> int:
         """Returns the bytes that the lanes of one job may take."""
+        return max(1, int(self.memory_bytes * USED_SHARE) - self._taken())
+
+    def _taken(self) -> int:
+        """Returns the bytes that a job takes before its lanes: its process and the base."""
         shape = shape_of(self.config.model)
-        taken = PROCESS_BYTES + (base_bytes(shape, self.config.model) if shape else 0)
-        return max(1, int(self.memory_bytes * USED_SHARE) - taken)
+        return PROCESS_BYTES + (base_bytes(shape, self.config.model) if shape else 0)
 
     def _estimate(self) -> str:
         shape = shape_of(self.config.model)
         if shape is None:
             return ""
         lanes = [lane_bytes(shape, self.config.model, t.lora, t.train) for t in self.sweep.trials]
-        return f" (by estimate {max(lanes) / 1e9:.2g} GB a lane at most; {self._room() / 1e9:.2g} GB for them in a job)"
+        short = "" if max(lanes) <= self._room() else ": too little for the largest, which is tried all the same"
+        room = f"{self._room() / 1e9:.2g} GB for them in a job{short}"
+        return f" (by estimate {max(lanes) / 1e9:.2g} GB a lane at most; {room})"
+
+    def _named(self) -> str:
+        names = [trial.name for trial in self.sweep.trials]
+        rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return ", ".join(names[:NAMED]) + rest
+
+    def _unread(self) -> list[str]:
+        """Says for each setting of the other way to walk through a sweep that it was set in vain."""
+        settings = self.config.sweep
+        names = ["jobs"] if settings.name is SweepName.halving else ["eta", "first_rung_tokens"]
+        default = SweepConfig()
+        changed = [name for name in names if getattr(settings, name) != getattr(default, name)]
+        return [f"sweep.{name} was set, but nothing reads it: sweep={settings.name.name}." for name in changed]
+
+    def _check_memory(self) -> None:
+        """Refuses a job's memory, as told, that is less than a process with the base takes."""
+        told, needed_gb = self.config.sweep.job_memory_gb, self._taken() / USED_SHARE / 1e9
+        if told and told <= needed_gb:
+            wanted = f"more than {needed_gb:.3g}, by estimate, of which a process with the base takes {USED_SHARE:.0%}"
+            repair = "Raise it, or set it to 0: the memory that is there."
+            raise bad_value("sweep.job_memory_gb", told, wanted, repair)
 
     def _check_halving(self) -> None:
         if self.config.strategy.world_size > 1:

@@ -14,6 +14,8 @@ from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Method
 from qlora_dist.errors import QloraDistError, TrainError, bad_value
 from qlora_dist.model.adapter import write_provenance
+from qlora_dist.model.base import Base
+from qlora_dist.model.lora import attach_lora
 from qlora_dist.runtime import Facts, JsonlSink, quiet_libraries, rank, sinks
 from qlora_dist.train.adapter_file import check_saved, save_lane
 from qlora_dist.train.certificate import Certificate
@@ -139,6 +141,22 @@ def course_of(label: str, training: Training, recipe: dict[str, Any], told_as: s
     return Course(lane, training.out, recipe, config, training.held_out, told_as, certificate=Certificate(told_as))
 
 
+def misfits(base: Base, courses: Mapping[str, Course]) -> dict[str, QloraDistError]:
+    """Returns which lanes ask for layers that the base has not, and the error of each; loads no weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder(), local_files_only=True))
+    found: dict[str, QloraDistError] = {}
+    for label, course in courses.items():
+        try:
+            attach_lora(model, course.lane.lora).unload()
+        except QloraDistError as error:
+            found[label] = error
+    return found
+
+
 @dataclass(slots=True)
 class Job:
     """The lanes of one process group on one base, from the first check to the last file."""
@@ -153,17 +171,33 @@ class Job:
 
     def run(self) -> None:
         """Trains all lanes; `made` says what came of each."""
-        first, courses = next(iter(self.trainings.values())), list(self.courses.values())
-        config = first.config
-        strategy = choose_strategy(config, first.base)
-        self.engine = engine = Engine.build(config.model, first.base, [c.lane for c in courses], strategy)
+        train = next(iter(self.trainings.values())).config.train
+        self.engine = engine = self._build()
+        if engine is None:
+            return
+        courses = list(self.courses.values())
         engine.examine(courses)
-        train = config.train
         with ExitStack() as stack:
             for course in courses:
                 stack.enter_context(sinks(JsonlSink(course.folder / METRICS_FILE), lane=course.told_as))
             every_s, log_every = train.checkpoint_every_s, train.log_every_steps
             Loop(engine.stepper, courses, every_s, log_every, self.end, self._between(), self.group).run()
+
+    def _build(self) -> Engine | None:
+        """Builds the engine without the lanes that don't fit the base, which fail alone; None if no lane does."""
+        first = next(iter(self.trainings.values()))
+        model, strategy = first.config.model, choose_strategy(first.config, first.base)
+        try:
+            return Engine.build(model, first.base, [c.lane for c in self.courses.values()], strategy)
+        except QloraDistError:
+            failed = misfits(first.base, self.courses) if len(self.courses) > 1 else {}
+            if not failed:
+                raise
+        for label, error in failed.items():
+            self.courses.pop(label).fail(error)
+            self.made[label] = error
+        lanes = [course.lane for course in self.courses.values()]
+        return Engine.build(model, first.base, lanes, strategy) if lanes else None
 
     def _between(self) -> Between | None:
         """Returns the meeting, where there is one, in the loop's words."""

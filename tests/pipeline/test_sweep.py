@@ -48,6 +48,21 @@ def test_a_grid_trains_each_trial_once_chooses_one_and_a_rank_more_trains_that_o
     assert "Nothing to do" in output
 
 
+@pytest.mark.slow
+def test_a_trial_that_is_lost_costs_the_shard_no_winner(workplace):
+    told = ("sweep=grid", "sweep.lora_alpha=[16,1e38]", "domain.files.num_shards=1", "evaluate.max_answers=0")
+    code, output = workplace.launch(*told)
+    assert code == 0, output
+    assert "1 of 2 trials were lost. a1e+38: Step 1: " in " ".join(output.split())
+    assert [(row["label"], row["state"]) for row in workplace.summary["sweep"]["trials"]] == [
+        ("a16", "finished"),
+        ("a1e+38", "lost"),
+    ]
+    assert workplace.summary["adapter"]
+    _, output = workplace.launch(*told)
+    assert "Nothing to do" in output, "a trial that is known to be lost is not trained again"
+
+
 HALVING = ("sweep=halving", "sweep.lora_rank=[2,4]", "sweep.learning_rate=[1e-4,1e-3,4e-3]", "sweep.max_forgetting=9")
 FEW = ("domain.files.num_shards=1", "train.max_steps=9", "evaluate.max_answers=0")
 

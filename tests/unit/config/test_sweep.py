@@ -63,6 +63,16 @@ def test_named_points_are_typed_as_their_fields_and_combine_with_lists():
         (["sweep.tokens_per_step=[5000]"], "train.tokens_per_step=5000: expected a multiple"),
         (["sweep.lora_rank=[8]", "sweep.points=[{name: a, lora_rank: 4}]"], "sweep.lora_rank: it is in sweep.points"),
         (["sweep.seed=[-1]"], "sweep.seed=-1: expected a whole number at least 0"),
+        (["sweep.points=[{name: base, lora_rank: 8}]"], "sweep.points[0].name=base: expected another name than base"),
+        (["sweep.points=[{name: a, seed: true}]"], "sweep.seed=True: expected a whole number"),
+        (
+            ["sweep.optimizer=[adamw,adamw_8bit]", "strategy=deepspeed", "strategy.world_size=2"],
+            "strategy=ddp or fsdp. (Trial optimizer_adamw_8bit of the sweep.)",
+        ),
+        (
+            ["sweep.lora_rank=[8]", "general.split.validation_share=0"],
+            "general.split.validation_share=0.0: expected more than 0 with a sweep",
+        ),
         (["sweep.lora_rank=[8]", "train.method=full"], "train.method=full: expected lora with a sweep"),
     ],
 )
@@ -92,3 +102,13 @@ def test_alpha_and_learning_rate_are_never_one_anothers_duplicates():
     one, other = "{name: a, lora_alpha: 16, learning_rate: 2e-4}", "{name: b, lora_alpha: 32, learning_rate: 1e-4}"
     points = f"sweep.points=[{one}, {other}]"
     assert sweep("sweep=grid", points).duplicates == {}
+
+
+def test_what_a_sweep_is_judged_by_may_be_a_source_that_was_set_aside():
+    told = ("sweep=grid", "sweep.lora_rank=[8]", "general.split.validation_share=0")
+    compose_run([*told, "general.sources=[{path: a}, {path: b, use: validation}]"])
+
+
+def test_values_that_read_the_same_in_six_digits_are_written_out_in_names():
+    made = sweep("sweep=grid", "sweep.learning_rate=[1e-4,1.00000001e-4]", "sweep.lora_alpha=[16]")
+    assert [t.name for t in made.trials] == ["a16-lr0.0001", "a16-lr0.000100000001"]

@@ -77,6 +77,8 @@ def test_lanes_are_packed_by_shard_by_number_or_by_memory(plan_of):
     assert [len(job) for job in jobs(plan_of(*GRID, "sweep.jobs=1"))] == [8]
     assert [len(job) for job in jobs(plan_of(*GRID, "sweep.jobs=3"))] == [3, 3, 2]
     assert [len(job) for job in jobs(plan_of(*GRID, "sweep.lanes=3"))] == [3, 1, 3, 1]
+    four = jobs(plan_of("sweep=grid", "sweep.lora_rank=[4,8]", "sweep.jobs=3"))
+    assert [len(job) for job in four] == [2, 1, 1], "divided evenly, not rounded up to fewer jobs"
     tight = jobs(plan_of(*GRID, "sweep.job_memory_gb=1.85"))
     assert max(map(len, tight)) < 4
     assert sorted(label for job in tight for label in job) == sorted(adapters(plan_of(*GRID)))
@@ -124,3 +126,26 @@ def test_what_halving_cannot_do_is_said_before_any_work(plan_of):
         )
     with pytest.raises(ConfigError, match=r"sweep.row_tokens=128: expected 256 with sweep=halving"):
         plan_of("sweep=halving", "sweep.row_tokens=[128,256]")
+
+
+def test_a_job_whose_memory_holds_no_base_is_refused_and_one_too_small_for_a_lane_is_told(plan_of):
+    with pytest.raises(ConfigError, match=r"sweep.job_memory_gb=0.5: expected more than 1\.\d+, by estimate"):
+        plan_of(*GRID, "sweep.job_memory_gb=0.5")
+    tight = plan_of(*GRID, "sweep.job_memory_gb=1.75").notes[-1]
+    assert "too little for the largest" in tight
+    assert "too little" not in plan_of(*GRID).notes[-1]
+
+
+def test_what_the_other_way_to_walk_a_sweep_reads_is_said_to_be_unread(plan_of):
+    notes = plan_of(*GRID, "sweep.eta=2", "sweep.first_rung_tokens=4096").notes
+    unread = [note.partition(" ")[0] for note in notes if "nothing reads it: sweep=grid." in note]
+    assert unread == ["sweep.eta", "sweep.first_rung_tokens"]
+    halving = plan_of("sweep=halving", "sweep.lora_rank=[4,8]", "sweep.jobs=2").notes
+    assert "sweep.jobs was set, but nothing reads it: sweep=halving." in halving
+    assert not any("nothing reads" in note for note in plan_of(*GRID, "sweep.jobs=2").notes)
+
+
+def test_the_plan_of_a_halving_names_its_trials(plan_of):
+    assert plan_of("sweep=halving", "sweep.lora_rank=[4,8]").notes[-1] == "sweep: the trials are r4, r8."
+    many = plan_of("sweep=halving", "sweep.seed=[" + ",".join(map(str, range(14))) + "]").notes[-1]
+    assert many.endswith("s10, s11 and 2 more.")
