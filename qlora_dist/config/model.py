@@ -8,8 +8,10 @@ from enum import Enum
 from pathlib import Path
 
 from qlora_dist.config.fields import execution, setting
-from qlora_dist.errors import bad_value
+from qlora_dist.errors import bad_value, nearest
 
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
+"""Attentions by transformers' names; `auto` is torch's own (`sdpa`) where an architecture has it, else `eager`."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """The form of a Hugging Face hub id: `name` or `owner/name`."""
 
@@ -64,12 +66,15 @@ class ModelConfig:
     quantization: Quantization = setting(Quantization.nf4)
     double_quant: bool = True
     compute_dtype: Dtype = setting(Dtype.bfloat16)
-    attention: str = execution("sdpa")
+    attention: str = execution("auto")
     liger: bool = execution(False)
     tiny: TinyConfig = execution(TinyConfig)
 
     def check(self, key: str) -> None:
-        """Refuses a base that would be another one tomorrow: a hub id without a full commit sha."""
+        """Refuses an unknown attention, and a base that would be another one tomorrow: a hub id without a full sha."""
+        if self.attention not in ATTENTIONS:
+            repair = nearest(self.attention, ATTENTIONS)
+            raise bad_value(f"{key}.attention", self.attention, "an attention of transformers", repair)
         if not self.path or Path(self.path).expanduser().is_dir() or re.fullmatch(r"[0-9a-f]{40}", self.revision):
             return
         if HUB_ID.fullmatch(self.path):

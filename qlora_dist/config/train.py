@@ -52,6 +52,11 @@ class StrategyName(Enum):
     deepspeed = "deepspeed"
     auto = "auto"
 
+    @property
+    def divides(self) -> bool:
+        """Says whether it is made to divide over processes, so that one alone has no use for it."""
+        return self in (StrategyName.fsdp, StrategyName.deepspeed)
+
 
 class Checkpointing(Enum):
     """Whether activations are computed again in the backward pass, not kept; `auto`: where memory is short."""
@@ -98,6 +103,10 @@ class TrainConfig:
 
     def check(self, key: str) -> None:
         """Refuses token budgets that are no whole number of rows or micro-batches."""
+        if self.micro_batch_tokens % self.row_tokens and key == "sweep":  # it varies rows, but not micro-batches
+            wanted = f"a multiple of row_tokens = {self.row_tokens}"
+            repair = "Set it to a multiple of train.row_tokens and of every row_tokens of the sweep."
+            raise bad_value("train.micro_batch_tokens", self.micro_batch_tokens, wanted, repair)
         if self.micro_batch_tokens % self.row_tokens:
             wanted = f"a multiple of {key}.row_tokens = {self.row_tokens}"
             repair = f"Set {key}.micro_batch_tokens={_up(self.micro_batch_tokens, self.row_tokens)}."
@@ -115,12 +124,15 @@ class StrategyConfig:
     timeout_s: float = execution(600.0, above=0)
 
     def check(self, key: str) -> None:
-        """Refuses several processes for the strategy of one."""
+        """Refuses several processes for the strategy of one, and one for those that divide."""
         if self.name is StrategyName.single and self.world_size > 1:
             raise bad_value(f"{key}.world_size", self.world_size, f"1 with {key}.name=single")
-        if self.name is StrategyName.deepspeed and self.world_size == 1:
-            repair = "Set strategy=ddp for one process."
-            raise bad_value(f"{key}.world_size", 1, f"2 or more with {key}.name=deepspeed, which divides", repair)
+        if self.name.divides and self.world_size == 1:
+            wanted = f"2 or more with {key}.name={self.name.name}, which divides"
+            raise bad_value(f"{key}.world_size", 1, wanted, "Set strategy=ddp for one process.")
+        if self.ranks_per_group == 1:
+            wanted = "0 for all, or 2 or more, since a group of one divides nothing"
+            raise bad_value(f"{key}.ranks_per_group", 1, wanted, "Set strategy=ddp to hold the base whole.")
         if self.ranks_per_group and self.name is not StrategyName.fsdp:
             raise bad_value(f"{key}.ranks_per_group", self.ranks_per_group, f"0 with {key}.name={self.name.name}")
 

@@ -135,7 +135,8 @@ def _sizes(node: Node) -> Iterator[int]:
         yield node.world_size
         return
     most, group = train["tokens_per_step"] // train["micro_batch_tokens"], strategy["ranks_per_group"] or 1
-    yield from (size for size in range(1, most + 1) if most % size == 0 and size % group == 0)
+    least = 2 if StrategyName[strategy["name"]].divides else 1
+    yield from (size for size in range(least, most + 1) if most % size == 0 and size % group == 0)
 
 
 def _any_ready(plan: Plan, nodes: Sequence[Node]) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from qlora_dist.config.launch import LauncherConfig
+from qlora_dist.errors import bad_value
 from qlora_dist.launch.base import Job, Machine, State
 from qlora_dist.launch.lives import Lives
 from qlora_dist.pipeline.__main__ import LAUNCHER_VARIABLE
@@ -56,7 +57,16 @@ class LocalLauncher:
         self._lives = Lives(self._config)
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Passes: this machine runs what it can, one job at a time if need be."""
+        """Passes: this machine runs what it can, one job at a time if need be.
+
+        Raises:
+            ConfigError: for a job of more processes than there are GPUs, where there are any: each takes one.
+        """
+        for job in jobs:
+            if 0 < job.gpus < job.processes:
+                wanted = f"at most {job.gpus}, the GPUs of this machine that CUDA_VISIBLE_DEVICES leaves"
+                repair = f"Set strategy.world_size={job.gpus}."
+                raise bad_value("strategy.world_size", job.processes, wanted, repair)
 
     def submit(self, job: Job) -> None:
         """Takes a job; it starts in a later `poll`."""

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_dist.config.model import ModelConfig, Quantization
 from qlora_dist.config.stages import BaseConfig
 from qlora_dist.errors import ModelError
+from qlora_dist.model.kernels import attention_of
+from qlora_dist.model.lora import refuse_transposed
+from qlora_dist.model.packing import keep_segments_apart
 from qlora_dist.model.prequantized import FOLDER, storage_of, write_prequantized
 from qlora_dist.model.weights import find_weights, folder_digest, read_json
 from qlora_dist.runtime import Facts, log, write_json
@@ -53,7 +56,8 @@ def prepare_base(config: BaseConfig, inputs: Mapping[str, Path], out: Path) -> F
     The base is `model.path`, or the folder of input `tiny` when that is empty.
 
     Raises:
-        ModelError: if the folder holds no model that can be loaded, naming the file and the repair.
+        ModelError: if the folder holds no model that can be loaded, naming the file and the repair, or one whose layers
+            can't be stored in 4 bits.
     """
     path = config.model.path or str(inputs["tiny"])
     folder = model_folder(path, config.model.revision)
@@ -61,6 +65,7 @@ def prepare_base(config: BaseConfig, inputs: Mapping[str, Path], out: Path) -> F
     facts = asdict(base)
     if storage := storage_of(config.model):
         started = time.monotonic()
+        refuse_transposed(_empty_model(folder))
         num_bytes = write_prequantized(load_model(base, config.model), out / FOLDER)
         log.info("quantized %s in %.1f s: %.2f GB", base.path, time.monotonic() - started, num_bytes / 1e9)
         facts |= {"storage": storage, "prequantized_bytes": num_bytes}
@@ -136,13 +141,23 @@ def _shape(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         wanted = "a causal language model that the installed transformers knows (llama, qwen3, mistral ...)"
         raise ModelError(f"{folder / 'config.json'}: model_type={kind!r}: expected {wanted}.")
     config = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config()  # a model of images too describes its decoder apart
     return {
         "architecture": (getattr(config, "architectures", None) or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]])[0],
-        "vocab_size": int(config.get_text_config().vocab_size),
-        "num_layers": int(config.num_hidden_layers),
-        "hidden_size": int(config.hidden_size),
-        "max_position_embeddings": int(getattr(config, "max_position_embeddings", 0)),
+        "vocab_size": int(text.vocab_size),
+        "num_layers": int(text.num_hidden_layers),
+        "hidden_size": int(text.hidden_size),
+        "max_position_embeddings": int(getattr(text, "max_position_embeddings", None) or 0),
     }
+
+
+def _empty_model(folder: Path) -> Any:
+    """Returns the model of a folder without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
 def no_progress_bars() -> None:
@@ -163,7 +178,7 @@ def load_model(base: Base, model: ModelConfig, *, dtype: torch.dtype | None = No
         quantized: False keeps the weights whole whatever `model.quantization` says (full fine-tuning).
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_dist.model.quantize import bits_and_bytes, keep_cpu_weights
     from qlora_dist.runtime import device
@@ -174,10 +189,10 @@ def load_model(base: Base, model: ModelConfig, *, dtype: torch.dtype | None = No
         base.folder(),
         dtype=dtype or getattr(torch, model.compute_dtype.name),
         quantization_config=bits_and_bytes(model) if four_bit else None,
-        attn_implementation=model.attention,
+        attn_implementation=attention_of(model, AutoConfig.from_pretrained(base.folder(), local_files_only=True)),
         device_map={"": device()},
         local_files_only=True,
     )
     keep_cpu_weights(loaded)
     loaded.config.use_cache = False
-    return loaded
+    return keep_segments_apart(loaded)

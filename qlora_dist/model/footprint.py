@@ -52,7 +52,8 @@ def shape_of(model: ModelConfig) -> Shape | None:
 def shape_in(folder: Path) -> Shape | None:
     """Returns the shape of the model in a folder, or None where its `config.json` doesn't tell it."""
     try:
-        return _from_fields(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _from_fields(fields | fields.get("text_config", {}))
     except (OSError, ValueError, KeyError):
         return None
 

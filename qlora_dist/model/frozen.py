@@ -5,7 +5,7 @@ Shape letters: I inputs and O outputs of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from qlora_dist.model.quantize import linear4bit_modules
 from qlora_dist.runtime import device
 
 
@@ -103,6 +104,15 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.frozen.back_product(grads[0]).to(ctx.dtype), None
+
+
+def hold_frozen(model: nn.Module, names: Iterable[str]) -> dict[str, FrozenLinear]:
+    """Puts a `FrozenLinear` in the place of each 4-bit linear layer and of each that is named; returns the named."""
+    wanted = list(names)
+    for name in {**dict.fromkeys(wanted), **dict(linear4bit_modules(model))}:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, FrozenLinear(model.get_submodule(name)))  # type: ignore[arg-type]
+    return {name: model.get_submodule(name) for name in wanted}  # type: ignore[misc]
 
 
 def frozen_linears(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:

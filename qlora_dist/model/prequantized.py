@@ -15,6 +15,8 @@ from torch import nn
 
 from qlora_dist.config.model import ModelConfig, Quantization
 from qlora_dist.errors import ModelError
+from qlora_dist.model.kernels import attention_of
+from qlora_dist.model.packing import keep_segments_apart
 from qlora_dist.model.quantize import keep_cpu_weights
 from qlora_dist.model.tensorfile import TensorFile, TensorWriter
 from qlora_dist.runtime import device
@@ -66,7 +68,8 @@ def build_skeleton(base: Base, model: ModelConfig) -> Any:
     dtype = getattr(torch, model.compute_dtype.name)
     config = AutoConfig.from_pretrained(base.prequantized)
     with init_empty_weights(include_buffers=False):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attention)
+        attention = attention_of(model, config)
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     with TensorFile(Path(base.prequantized) / WEIGHTS_FILE) as file:
         quantized = [name.removesuffix(_STATE) for name in file.entries if name.endswith(_STATE)]
     for name in quantized:
@@ -82,7 +85,7 @@ def build_skeleton(base: Base, model: ModelConfig) -> Any:
     skeleton.is_loaded_in_4bit = True
     skeleton.config.use_cache = False
     keep_cpu_weights(skeleton)
-    return skeleton.requires_grad_(False)
+    return keep_segments_apart(skeleton).requires_grad_(False)
 
 
 class PrequantizedReader:

@@ -36,7 +36,7 @@ def compile_layers(model: Any) -> None:
     """
     _leave_out(LaneLinear)
     _leave_out(FrozenLinear)
-    for layer in getattr(model, model.base_model_prefix).layers:
+    for layer in model.get_decoder().layers:
         layer.compile()
 
 

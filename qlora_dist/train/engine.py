@@ -53,13 +53,13 @@ class Engine:
     def build(cls, model: ModelConfig, base: Base, lanes: list[Lane], strategy: Strategy) -> Engine:
         """Loads the base, puts the lanes on it, and places it."""
         train = lanes[0].train
+        recomputed = recomputes(model, base, lanes, strategy)  # asked while the base isn't loaded, but counted
         stored = is_stored(base, model)
         loaded = build_skeleton(base, model) if stored else load_model(base, model)
         use_kernels(loaded, model)
         seating = attach_lanes(loaded, lanes)
         for lane in lanes:
             lane.make_optimizer()
-        recomputed = recomputes(model, base, lanes, strategy)
         if recomputed:
             loaded.activation_checkpointing_enable({"use_reentrant": False})
         if train.compile:
@@ -108,7 +108,7 @@ class Engine:
         device = self.stepper.strategy.device
         for course in courses:
             try:
-                check_rows(course.certificate, course.lane.rows)
+                check_rows(course.certificate, course.lane.rows, course.lane.budget)
                 if id(course.lane.rows) not in seen:
                     known = len(course.certificate.checks)
                     check_loss(course.certificate, self.stepper, course.lane)

@@ -86,7 +86,7 @@ def training_arguments(config: AdapterConfig, budget: Budget, folder: Path, reco
     if dtype is Dtype.float16 and device().type == "cpu":
         raise bad_value("model.compute_dtype", "float16", "bfloat16 or float32 on a CPU")
     batch_rows = train.micro_batch_tokens // train.row_tokens
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=batch_rows,
         gradient_accumulation_steps=budget.rows_per_step // batch_rows,
@@ -106,6 +106,9 @@ def training_arguments(config: AdapterConfig, budget: Budget, folder: Path, reco
         remove_unused_columns=False,
         dataloader_pin_memory=device().type == "cuda",
     )
+    if arguments.n_gpu > 1:  # else the Trainer takes all that it sees, and as many times the batch
+        arguments._n_gpu = 1
+    return arguments
 
 
 def optimizer_and_schedule(model: Any, train: TrainConfig, budget: Budget) -> tuple[Any, Any]:

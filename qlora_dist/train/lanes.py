@@ -18,7 +18,8 @@ from torch import nn
 
 from qlora_dist.config.train import LoraConfig, Optimizer, TrainConfig
 from qlora_dist.data.rows import Rows
-from qlora_dist.model.frozen import FrozenLinear
+from qlora_dist.errors import TrainError
+from qlora_dist.model.frozen import FrozenLinear, hold_frozen
 from qlora_dist.model.lora import attach_lora
 from qlora_dist.runtime import set_seed
 from qlora_dist.train.bank import Bank, Group, Shape
@@ -102,10 +103,12 @@ class Seating:
     Attributes:
         order: all lanes, those that a batched product takes together side by side: rows are best laid in this order.
         row_seeds: by lane, one seed for each of its rows.
+        shape: rows and slots of the micro-batch, as the base's first layer finds them.
     """
 
     def __init__(self, bank: Bank) -> None:
         self.bank, self.row_seeds = bank, dict[int, list[int]]()
+        self.shape = torch.Size((0, 0))
         self.order = sorted(bank.place, key=bank.place.__getitem__)
         self.runs: list[Run] = []
         self._rows: dict[int, slice] = {}
@@ -120,6 +123,25 @@ class Seating:
         self._rows = rows
         self.runs = [self._run(lanes) for lanes in _neighbours(rows, self.bank.place)]
         self.bank.refresh()
+
+    def note_shape(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Notes the shape of the tokens: a hook before the forward of the base's embedding."""
+        self.shape = args[0].shape
+
+    def by_row(self, x_XI: torch.Tensor) -> torch.Tensor | None:
+        """Returns a layer's input as [B, ..., I], by which rows find their lane; None where it has no rows to find.
+
+        Some layers are given all slots in one line, and experts some of them only.
+        """
+        if x_XI.dim() > 2:
+            return x_XI if len(x_XI) == self.shape[0] else None
+        return x_XI.unflatten(0, self.shape) if len(x_XI) == self.shape.numel() else None
+
+    @property
+    def is_alone(self) -> bool:
+        """Says that one lane has all rows, so that whatever a layer is given is its own."""
+        seats = list(self._rows.values())
+        return len(seats) == 1 and seats[0] in (slice(None), slice(0, self.shape[0]))
 
     def _run(self, lanes: list[int]) -> Run:
         group, first = self.bank.group_of(lanes[0])
@@ -149,38 +171,58 @@ class LaneLinear(nn.Module):
         self._anchor = torch.zeros((), requires_grad=True)
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
-        """Returns the base's output with each lane's update added to its own rows; with no lane seated, the base's."""
+        """Returns the base's output with each lane's update added to its own rows; with no lane seated, the base's.
+
+        Raises:
+            TrainError: if the rows of several lanes, or of one with dropout, can't be told apart in the input.
+        """
         runs = self._seating.runs
         seated = [(run.rows, run.factors[self.name]) for run in runs if self.name in run.factors]
-        if not seated:
+        if not seated or not x_BTI.numel():
             y_BTO: torch.Tensor = self.frozen(x_BTI)
             return y_BTO
-        return lane_product(x_BTI, self._drop(x_BTI), self._anchor, Site(self.frozen, seated))
+        rowed_BTI = self._seating.by_row(x_BTI)
+        if rowed_BTI is None:
+            if not self._seating.is_alone or self._drops():
+                raise self._lost(x_BTI)
+            rowed_BTI, seated = x_BTI, [(slice(None), factors) for _, factors in seated]
+        y_BTO = lane_product(rowed_BTI, self._drop(rowed_BTI), self._anchor, Site(self.frozen, seated))
+        return y_BTO.reshape(*x_BTI.shape[:-1], y_BTO.shape[-1])
+
+    def _lost(self, x_BTI: torch.Tensor) -> TrainError:
+        rows, slots = self._seating.shape
+        wanted = f"{tuple(x_BTI.shape)} of {rows} rows of {slots} tokens, so no row is told from another"
+        leaf = self.name.rpartition(".")[2]
+        repair = f"Leave {leaf} out of lora.target_modules, or train one adapter a job, with lora.lora_dropout=0"
+        return TrainError(f"Layer {self.name} is given {wanted}. {repair}.")
+
+    def _drops(self) -> dict[int, float]:
+        """Returns the share that each seated lane drops here, of those that drop any."""
+        seated = self._seating.rows if self.training else ()
+        return {lane: share for lane in seated if (share := self.dropout.get(lane, 0.0))}
 
     def _drop(self, x_BTI: torch.Tensor) -> torch.Tensor | None:
         """Drops inputs by masks that are a function of (seed, step, row, layer): a recomputation draws the same.
 
         Returns nothing where nothing is dropped.
         """
-        shares = {lane: self.dropout.get(lane, 0.0) for lane in self._seating.rows if self.training}
-        if not any(shares.values()):
+        shares = self._drops()
+        if not shares:
             return None
         keep_BTI = torch.ones_like(x_BTI, requires_grad=False)
         generator = torch.Generator(x_BTI.device)
         for lane, share in shares.items():
-            if share:
-                for keep_TI, seed in zip(
-                    keep_BTI[self._seating.rows[lane]], self._seating.row_seeds[lane], strict=True
-                ):
-                    generator.manual_seed(seed ^ self._salt)
-                    keep_TI.bernoulli_(1 - share, generator=generator).div_(1 - share)
+            for keep_TI, seed in zip(keep_BTI[self._seating.rows[lane]], self._seating.row_seeds[lane], strict=True):
+                generator.manual_seed(seed ^ self._salt)
+                keep_TI.bernoulli_(1 - share, generator=generator).div_(1 - share)
         return x_BTI * keep_BTI
 
 
 def attach_lanes(model: nn.Module, lanes: list[Lane]) -> Seating:
     """Puts every lane's factors on the base, drawn by PEFT from the lane's own seed, and freezes all else.
 
-    The factors themselves live in `model.lanes`, a bank; each adapted layer multiplies by views of them.
+    The factors themselves live in `model.lanes`, a bank; each adapted layer multiplies by views of them. 4-bit layers
+    that nobody adapts are held as frozen ones too: bitsandbytes' own would wrap anew what a strategy has divided.
 
     Returns:
         The seating that says, before each forward, whose rows are where.
@@ -188,9 +230,10 @@ def attach_lanes(model: nn.Module, lanes: list[Lane]) -> Seating:
     model.requires_grad_(False)
     drawn = [_draw_factors(model, lane) for lane in lanes]
     names = [n for n, _ in model.named_modules() if any(n in factors for factors in drawn)]
-    layers = {name: FrozenLinear(model.get_submodule(name)) for name in names}  # type: ignore[arg-type]
+    layers = hold_frozen(model, names)
     bank = _fill_bank(lanes, drawn, layers)
     seating = Seating(bank)
+    model.get_input_embeddings().register_forward_pre_hook(seating.note_shape)  # type: ignore[operator]
     for name, layer in layers.items():
         dropout = {k: lane.lora.lora_dropout for k, lane in enumerate(lanes) if name in drawn[k]}
         parent, _, child = name.rpartition(".")

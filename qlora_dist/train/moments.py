@@ -75,8 +75,9 @@ class FactorAdam:
 
     def step(self) -> None:
         """Takes one step."""
+        step = int(self._step)  # asked once: on a GPU each question waits for all that was asked of it before
         for state in self._adam.state.values():
-            state["step"] = int(self._step)
+            state["step"] = step
         self._adam.step()
         self._step += 1
 

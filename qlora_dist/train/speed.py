@@ -5,6 +5,7 @@ N parameters of the decoder's linear layers, H of the head, P of an adapter, S s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -14,25 +15,32 @@ from qlora_dist.train.lanes import Lane
 from qlora_dist.train.step import Stepper
 
 PEAKS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 836e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "GH200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A10G": 70e12,
     "A10": 125e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Operations a second of dense bfloat16 products, by a part of the GPU's name (NVIDIA's data sheets)."""
+"""Operations a second of dense bfloat16 products, by words of the GPU's name (NVIDIA's data sheets)."""
 
 
 def peak_per_s(name: str) -> float:
     """Returns the operations a second that a GPU of this name is said to do; 0 for one that isn't known."""
-    return next((PEAKS[part] for part in sorted(PEAKS, key=len, reverse=True) if part in name), 0.0)
+    if re.search(r"\b(Laptop|Ti|D|MIG)\b", name):
+        return 0.0  # another chip, or a part of one
+    longest_first = sorted(PEAKS, key=len, reverse=True)
+    return next((PEAKS[words] for words in longest_first if re.search(rf"\b{words}\b", name)), 0.0)
 
 
 def operations_per_token(stepper: Stepper, lane: Lane) -> float:
@@ -47,7 +55,7 @@ def operations_per_token(stepper: Stepper, lane: Lane) -> float:
     linear += [m for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m) not in adapted]
     N_and_H = sum(layer.in_features * layer.out_features for layer in linear)
     P = sum(p.numel() for p in lane.parameters.values())
-    config = model.config
+    config = model.config.get_text_config()
     attention = 2 * lane.train.row_tokens * config.hidden_size * config.num_hidden_layers
     return float(4 * N_and_H + 6 * P + 3.5 * attention)
 

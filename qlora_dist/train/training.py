@@ -13,11 +13,12 @@ from qlora_dist.config.reading import watched
 from qlora_dist.config.stages import AdapterConfig
 from qlora_dist.config.train import Method, check_step, check_supported
 from qlora_dist.data.rows import Rows
+from qlora_dist.errors import bad_value
 from qlora_dist.model.adapter import Provenance
 from qlora_dist.model.base import Base, open_base
 from qlora_dist.model.kernels import check_kernels
 from qlora_dist.model.weights import tokenizer_digest
-from qlora_dist.runtime import Facts
+from qlora_dist.runtime import Facts, log
 from qlora_dist.train.batches import open_rows
 from qlora_dist.train.budget import Budget, plan_budget
 from qlora_dist.train.compiled import check_compiler
@@ -43,7 +44,8 @@ class Training:
 
         Raises:
             TrainError: if the rows don't fit the base or the recipe.
-            ConfigError: for a step that doesn't divide, a combination that no strategy does, kernels that can't run.
+            ConfigError: for a step that doesn't divide, a combination that no strategy does, kernels that can't run,
+                rows that are longer than the base's positions.
         """
         check_step(config.train, config.strategy.world_size)
         check_supported(config.train, config.strategy)
@@ -52,10 +54,26 @@ class Training:
             check_compiler()
         plain, config = config, watched(config)
         base, row_tokens = open_base(inputs["base"]), config.train.row_tokens
+        check_positions(base, row_tokens)
         rows = open_rows(inputs["rows"], base, row_tokens)
         held_out = open_rows(inputs["validation"], base, row_tokens) if "validation" in inputs else None
+        if held_out is not None and held_out.num_rows == 0:
+            log.warning("%s: no held-out row, so no validation loss is measured", inputs["validation"])
+            held_out = None
         budget = plan_budget(config.train, rows.num_rows, config.seed)
         return cls(config, base, rows, held_out, budget, inputs["tokenizer"], out, identity(plain))
+
+
+def check_positions(base: Base, row_tokens: int) -> None:
+    """Refuses rows with more slots than the base knows positions: it would train on what it can't tell apart.
+
+    Raises:
+        ConfigError: naming the most that it knows.
+    """
+    most = base.max_position_embeddings
+    if most and row_tokens > most:
+        wanted = f"at most {most}, the positions that {base.path} knows (max_position_embeddings)"
+        raise bad_value("train.row_tokens", row_tokens, wanted, f"Set train.row_tokens={most} or less.")
 
 
 def provenance(training: Training, validation_loss: float | None) -> Provenance:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from qlora_dist.errors import ConfigError
+from qlora_dist.model.frozen import FrozenLinear
 from qlora_dist.model.prequantized import PrequantizedReader
 from qlora_dist.train.lanes import MOMENTS, Lane, LaneLinear
 from qlora_dist.train.loss import LaneModel
@@ -63,7 +64,7 @@ class ZeroBase(ReplicatedBase):
     def _hook(self, model: LaneModel) -> None:
         """Has ZeRO-3 gather each module's weights before it computes, forward and backward, and drop them after."""
         deepspeed = import_deepspeed()
-        deepspeed.utils.set_z3_leaf_modules(model, [LaneLinear], raise_if_not_found=False)
+        deepspeed.utils.set_z3_leaf_modules(model, [LaneLinear, FrozenLinear], raise_if_not_found=False)
         head = model.model.get_output_embeddings()
         for parameter in head.parameters(recurse=False):  # the loss takes the head's weight, not its forward
             deepspeed.zero.register_external_parameter(model, parameter)

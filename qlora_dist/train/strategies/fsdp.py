@@ -50,6 +50,5 @@ class ShardedBase(ReplicatedBase):
 
 def decoder_layers(model: LaneModel) -> list[nn.Module]:
     """Returns the decoder layers of a Hugging Face causal language model."""
-    decoder = getattr(model.model, model.model.base_model_prefix)
-    layers: list[nn.Module] = list(decoder.layers)
+    layers: list[nn.Module] = list(model.model.get_decoder().layers)
     return layers

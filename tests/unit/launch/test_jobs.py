@@ -14,7 +14,7 @@ from qlora_dist.config.stages import (
     TokenizerConfig,
 )
 from qlora_dist.config.sweep import TrialConfig
-from qlora_dist.config.train import LoraConfig, StrategyConfig
+from qlora_dist.config.train import LoraConfig, StrategyConfig, StrategyName
 from qlora_dist.launch.base import Job, Machine, State
 from qlora_dist.launch.jobs import HEAVY_BYTES, make_jobs, node_states
 from qlora_dist.model.footprint import lane_bytes, shape_of
@@ -101,6 +101,15 @@ def test_a_job_of_one_is_skipped_as_soon_as_one_before_it_is_not_good(tmp_path):
     assert job.can_start([State.failed, State.running]) is False
     assert job.can_start([State.done, State.waiting]) is None
     assert job.can_start([State.done, State.cached]) is True
+
+
+def test_what_divides_a_base_is_never_sized_to_one_process(tmp_path):
+    plan = Plan(experiment="test", root=str(tmp_path), command="", config={})
+    for name in (StrategyName.ddp, StrategyName.fsdp, StrategyName.deepspeed):
+        config = AdapterConfig(strategy=StrategyConfig(name=name, world_size=2))
+        plan.add("adapter", name.name, config, world_size=2)
+    sizes = {job.name: job.sizes for job in make_jobs(plan, plan.nodes, CPUS, 0)}
+    assert sizes == {"adapter/ddp": [1, 2], "adapter/fsdp": [2], "adapter/deepspeed": [2]}
 
 
 def test_memory_of_a_training_counts_its_lanes_on_each_process(tmp_path):

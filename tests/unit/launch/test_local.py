@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_dist.config.launch import LauncherConfig
+from qlora_dist.errors import ConfigError
 from qlora_dist.launch.base import End, Job, Machine, State
 from qlora_dist.launch.lives import Lives
 from qlora_dist.launch.local import LocalLauncher
@@ -35,6 +36,14 @@ def test_jobs_run_after_what_they_need_and_leave_logs(tmp_path: Path):
     launcher.submit(job(tmp_path, "b", f"open({str(mark)!r})", after=("a",)))
     assert finish(launcher) == {"a": State.done, "b": State.done}
     assert (tmp_path / "a.log").read_text() == "hello\n"
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path: Path):
+    launcher = LocalLauncher(Machine(cores=2, memory_bytes=1000, gpus=2))
+    launcher.check([job(tmp_path, "data", processes=1), job(tmp_path, "two", processes=2, gpus=2)])
+    with pytest.raises(ConfigError, match=r"strategy.world_size=4: expected at most 2, the GPUs.*world_size=2"):
+        launcher.check([job(tmp_path, "four", processes=4, gpus=2)])
+    LocalLauncher(MACHINE).check([job(tmp_path, "cpus", processes=4)])
 
 
 def test_a_failing_job_fails_only_what_depends_on_it(tmp_path: Path):

@@ -4,16 +4,20 @@ import json
 
 import pytest
 
-from qlora_dist.config.model import Dtype, ModelConfig
+from qlora_dist.config.model import Dtype, ModelConfig, Quantization
 from qlora_dist.config.stages import AdapterConfig, BaseConfig
 from qlora_dist.config.train import Checkpointing, LoraConfig, Method, StrategyConfig, StrategyName, TrainConfig
+from qlora_dist.data.rows import Rows
 from qlora_dist.errors import ConfigError
 from qlora_dist.launch.compose import compose_run
 from qlora_dist.model.base import open_base, prepare_base
 from qlora_dist.testing import save_rows, save_tiny_model
-from qlora_dist.train import huggingface, train_adapter
+from qlora_dist.train import engine, huggingface, train_adapter
+from qlora_dist.train.budget import plan_budget
+from qlora_dist.train.lanes import Lane
 from qlora_dist.train.strategies import choice
 from qlora_dist.train.strategies.choice import needed_bytes
+from qlora_dist.train.strategies.ddp import ReplicatedBase
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,25 @@ def test_changes_no_loss_and_auto_asks_the_memory(strategy, losses, monkeypatch)
 def test_full_fine_tuning_asks_too(losses, monkeypatch):
     monkeypatch.setattr(huggingface, "free_memory_bytes", lambda: 1_000_000)
     assert losses(config("single", "auto", Method.full), "short")[1] == "on"
+
+
+@pytest.mark.parametrize("quantization", list(Quantization))
+def test_auto_asks_for_memory_before_the_base_has_taken_its_own(quantization, inputs, monkeypatch):
+    happened = []
+
+    def note(module, name):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **options: happened.append(name) or plain(*args, **options))
+
+    note(choice, "free_memory_bytes")
+    note(engine, "load_model")
+    note(engine, "build_skeleton")
+    told = config("ddp", "auto")
+    rows = Rows.open(inputs["rows"])
+    lane = Lane("a", told.lora, told.train, 1, rows, plan_budget(told.train, rows.num_rows, 1))
+    model = ModelConfig(compute_dtype=Dtype.float32, quantization=quantization)
+    engine.Engine.build(model, open_base(inputs["base"]), [lane], ReplicatedBase())
+    assert happened == ["free_memory_bytes", "build_skeleton" if quantization is Quantization.nf4 else "load_model"]
 
 
 def test_more_is_needed_of_a_whole_base_and_of_kept_activations(inputs):

@@ -128,6 +128,14 @@ def test_group_lays_out_factors_as_views():
     assert torch.equal(group.factors(1, 2)["b"].A_GRI[0], views["b.lora_A.weight"].bfloat16())
 
 
+def test_scale_is_not_rounded_to_the_dtype_of_products():
+    bank = Bank([Shape((("a", (4, 4)),), 12)], [16 / 12], torch.bfloat16)
+    group, row = bank.group_of(0)
+    scale_G11 = group.factors(row, row + 1)["a"].scale_G11
+    assert scale_G11.item() == pytest.approx(16 / 12, rel=1e-7)
+    assert torch.full((1, 1, 1), 3.0, dtype=torch.bfloat16).mul_(scale_G11).item() == 4.0
+
+
 def test_other_row_count_is_a_run_of_its_own(run, make_lane, tmp_path_factory):
     from qlora_dist.data.rows import Rows
 

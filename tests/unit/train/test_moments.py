@@ -69,3 +69,13 @@ def test_zero_refuses_moments_that_it_cannot_divide():
 def test_pages_want_a_gpu():
     with pytest.raises(ConfigError, match=r"train.optimizer=paged_adamw: expected adamw without a GPU"):
         adamw(TrainConfig(optimizer=Optimizer.paged_adamw), [torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_number_of_steps_is_asked_of_the_device_once_a_step(make_engine, make_lane, monkeypatch):
+    lane = make_lane(optimizer=Optimizer.adamw_8bit)
+    stepper = make_engine(lane).stepper
+    steps(stepper, 0, 1)
+    asked, plain = [], torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: asked.append(1) or plain(self))
+    lane.optimizer.step()
+    assert len(asked) == 1

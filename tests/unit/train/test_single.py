@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_dist.config.model import Dtype, ModelConfig, Quantization
 from qlora_dist.config.stages import AdapterConfig, BaseConfig
-from qlora_dist.config.train import LoraConfig, Method, Optimizer, Schedule, TrainConfig
+from qlora_dist.config.train import LoraConfig, Method, Optimizer, Schedule, StrategyName, TrainConfig
 from qlora_dist.errors import ConfigError, TrainError
 from qlora_dist.model.adapter import read_provenance
 from qlora_dist.model.base import load_model, open_base, prepare_base
@@ -166,6 +166,37 @@ def test_moments_in_eight_bits_are_held_so_and_lead_the_same_way(wide, tmp_path,
 def test_pages_without_a_gpu_are_refused_by_name(inputs, tmp_path):
     with pytest.raises(ConfigError, match=r"train.optimizer=paged_adamw_8bit: expected adamw_8bit without a GPU"):
         train(config(optimizer=Optimizer.paged_adamw_8bit), inputs, tmp_path / "out")
+
+
+def test_a_process_that_sees_several_gpus_takes_one(inputs, tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    seen = config()
+    plan = plan_budget(seen.train, 24, seen.seed)
+    plain = TrainingArguments.__post_init__
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: (plain(self), setattr(self, "_n_gpu", 4)))
+    arguments = huggingface.training_arguments(seen, plan, tmp_path)
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == seen.train.micro_batch_tokens // seen.train.row_tokens
+
+
+def test_a_base_has_no_dropout_of_its_own(inputs, tmp_path):
+    model = save_tiny_model(tmp_path / "model", attention_dropout=0.5)
+    (tmp_path / "base").mkdir()
+    prepare_base(BaseConfig(model=ModelConfig(path=str(model))), {}, tmp_path / "base")
+    for name, told in (("plain", inputs), ("dropping", inputs | {"base": tmp_path / "base"})):
+        train(config(max_steps=2), told, tmp_path / name)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "dropping")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_rows_beyond_the_bases_positions_are_refused(strategy, inputs, tmp_path):
+    told = config(row_tokens=1024, tokens_per_step=1024, micro_batch_tokens=1024)
+    told.strategy.name = StrategyName[strategy]
+    rows = save_rows(tmp_path / "rows", 2, 1024)
+    with pytest.raises(ConfigError, match=r"train.row_tokens=1024: expected at most 512.*Set train.row_tokens=512"):
+        train(told, inputs | {"rows": rows}, tmp_path / "out")
 
 
 def test_rows_of_another_length_are_refused(inputs, tmp_path):

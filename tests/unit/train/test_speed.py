@@ -46,3 +46,11 @@ def test_knows_gpus_by_the_longest_name():
     assert peak_per_s("NVIDIA A10G") < peak_per_s("NVIDIA A10") < peak_per_s("NVIDIA A100-SXM4-80GB")
     assert peak_per_s("NVIDIA L40S") != peak_per_s("NVIDIA L4")
     assert peak_per_s("Radeon") == 0
+
+
+def test_knows_gpus_by_whole_words():
+    assert peak_per_s("NVIDIA GB200") > peak_per_s("NVIDIA B200")
+    assert peak_per_s("NVIDIA H100 NVL") < peak_per_s("NVIDIA H100 80GB HBM3")
+    assert peak_per_s("NVIDIA L4") < peak_per_s("NVIDIA L40") < peak_per_s("NVIDIA L40S")
+    for other in ("NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
+        assert peak_per_s(other) == 0, other
