@@ -47,11 +47,11 @@ def check_dtypes(certificate: Certificate, model: nn.Module, wanted: torch.dtype
 
 
 def check_storage(certificate: Certificate, four_bit: int, num_layers: int, config: ModelConfig) -> None:
-    """Checks that the adapted layers are in 4 bits, all or none, as the config says."""
+    """Checks that the frozen layers are in 4 bits, all or none, as the config says."""
     certificate.require(
         "the base is stored as asked",
         four_bit == (num_layers if config.quantization is Quantization.nf4 else 0),
-        f"{four_bit} of {num_layers} adapted layers in 4 bits, model.quantization={config.quantization.name}",
+        f"{four_bit} of {num_layers} frozen layers in 4 bits, model.quantization={config.quantization.name}",
         "Load the base with its quantization config.",
     )
 
