@@ -44,21 +44,23 @@ def lane_curves(label: str, folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def _over_shards(shards: Mapping[str, Mapping[str, Any]]) -> list[Facts]:
-    """Returns a row for each trial: of one shard as it is, of several the means, and by how many it was chosen."""
+    """Returns a row for each trial: of one shard as it is, of several of a domain the means, and who chose it."""
     (first, *others) = shards.values()
     if not others:
         return [{"label": row["trial"], **{k: v for k, v in row.items() if k != "trial"}} for row in first["trials"]]
-    rows: dict[str, list[Mapping[str, Any]]] = {}
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for shard in shards.values():
         for row in shard["trials"]:
-            rows.setdefault(row["trial"], []).append(row)
+            rows.setdefault((shard["domain"], row["trial"]), []).append(row)
+    several = len({domain for domain, _ in rows}) > 1
     measured = (METRIC, "forgetting", "over_best")
     made = []
-    for name, found in rows.items():
+    for (domain, name), found in rows.items():
         settings = {k: v for k, v in found[0].items() if k in first["columns"]}
         row = {"label": name, **settings, **{k: _mean([r.get(k) for r in found]) for k in measured}}
         row["tokens"] = sum(r["tokens"] for r in found)
-        made.append(row | {"chosen_by": sum(shard["winner"] == name for shard in shards.values())})
+        chosen_by = [shard for shard in shards.values() if (shard["domain"], shard["winner"]) == (domain, name)]
+        made.append(row | {"chosen_by": len(chosen_by)} | ({"domain": domain} if several else {}))
     return made
 
 
