@@ -154,7 +154,7 @@ def check_no_leak(certificate: Certificate, rows: Rows, device: torch.device, pr
         name,
         leak <= 1e-3 * max(1.0, abs(before)) and moved > leak,
         f"loss {before:.5g} moves by {leak:.2g} with the other segment, by {moved:.2g} with its own",
-        "Use an attention that keeps packed segments apart: model.attention=sdpa.",
+        "Set model.attention=sdpa or flex_attention: the one that runs does not keep packed segments apart.",
     )
 
 
