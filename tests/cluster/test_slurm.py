@@ -53,8 +53,17 @@ def test_a_second_launch_goes_on_with_the_jobs_in_the_queue_and_cancel_ends_them
     told = said_by("status", folder)
     assert " cancelled " in told
     if slurm.remembers:
+        jobs = {line.split()[1] for line in ids.read_text().splitlines()}
+        wait_for(lambda: jobs <= in_accounting("CANCELLED", jobs))  # the controller tells it by and by
         slurm.forget()
         assert said_by("status", folder) == told
+
+
+def in_accounting(state: str, jobs: set[str]) -> set[str]:
+    """Returns which jobs the site's accounting knows to be in a state."""
+    asked = ["--allocations", f"--jobs={','.join(sorted(jobs))}", "--format=JobID,State"]
+    records = said("sacct", "--noheader", "--parsable2", *asked).splitlines()
+    return {record.split("_")[0].split("|")[0] for record in records if record.split("|")[1].startswith(state)}
 
 
 @pytest.mark.parametrize(
