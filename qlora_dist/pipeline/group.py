@@ -22,7 +22,6 @@ from qlora_dist.pipeline.winner import LOST
 from qlora_dist.runtime import Facts, log, rank
 
 INTERRUPTED = 130
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 STOPS = (Preempted.exit_code, INTERRUPTED)
 """Exit codes after which no further node is begun: somebody asked this process to stop."""
 
@@ -152,12 +151,14 @@ def _end_of_trial(node: Node, made: Facts | QloraDistError, out: Path) -> Facts 
         return made
     if rank() != 0:
         return {}
-    last, kept = _metrics(out / METRICS)
+    from qlora_dist.train.course import CHECKPOINTS, METRICS_FILE
+
+    last, kept = _metrics(out / METRICS_FILE)
     if _is_finite(last):
         return made
     log.warning("%s was lost: %s", node.name, made)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    (out / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+    (out / METRICS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
     return {LOST: str(made), "tokens": last["step"] * node.config["train"]["tokens_per_step"]}
 
 
